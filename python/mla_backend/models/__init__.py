@@ -1,0 +1,1 @@
+"""Compute graphs of the supported model families, as functions of a ModelConfig."""
