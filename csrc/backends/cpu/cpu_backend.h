@@ -1,0 +1,32 @@
+// The CPU: kernels of one ISA, run by one thread pool.
+#pragma once
+
+#include <memory>
+#include <string_view>
+
+#include "backends/cpu/kernels.h"
+#include "exec/backend.h"
+#include "sys/thread_pool.h"
+
+namespace mla::cpu {
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(std::shared_ptr<sys::ThreadPool> pool, std::string_view isa = "");
+  std::string_view name() const override { return "cpu"; }
+  std::string_view isa() const { return kernels_.isa; }
+  bool supports_op(const Node& node) const override;
+  bool shares_host_memory() const override { return true; }
+  size_t scratch_bytes(const Node& node) const override;
+  Buffer alloc(size_t bytes, Placement placement) override;
+  void copy(const Tensor& dst, const Tensor& src) override;
+  void run(std::span<const Step> steps, const Buffer& scratch,
+           const Checkpoint& checkpoint) override;
+  void sync() override {}
+
+ private:
+  std::shared_ptr<sys::ThreadPool> pool_;
+  const KernelTable& kernels_;
+};
+
+}  // namespace mla::cpu

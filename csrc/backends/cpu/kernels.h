@@ -1,0 +1,78 @@
+// The tables that each ISA's object library exports. Kernels take pointers, strides and ranges;
+// they trust them: they never allocate, throw or start threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+#include "quant/format.h"
+
+namespace mla::cpu {
+
+// ---- matmul ---------------------------------------------------------------------------------
+// How the activations of a product are stored before it, chosen by weight format and precision.
+enum class Packing : uint8_t { f32, bf16, q8 };
+
+// One tile of work: output columns [n_begin, n_end) (rows of w) for n_x packed activation rows.
+struct MatmulTile {
+  const std::byte* w;   // row 0 of the weight
+  int64_t w_row_bytes;  // stride between its rows
+  int64_t n_begin, n_end;
+  int64_t k;
+  const std::byte* const* x;  // [n_x] packed rows
+  float* const* y;            // [n_x] output rows; y[i][n] is written (or added to)
+  int n_x;
+  bool accumulate;  // add to y instead of writing
+};
+using MatmulKernel = void (*)(const MatmulTile&) noexcept;
+
+// w [K, N] contracted across its rows: for output columns [n_begin, n_end) (whole blocks).
+// Same struct; w row r meets x element r. x rows are packed as f32.
+using PackRow = void (*)(const std::byte* x, Format format, int64_t stride_bytes, int64_t k,
+                         std::byte* out) noexcept;
+struct MatmulEntry {
+  Packing packing;
+  MatmulKernel kernel;
+};
+struct MatmulTable {
+  // [format][precision]; kernel == nullptr where there is none.
+  MatmulEntry rows[kFormatCount][2];
+  MatmulKernel across[kFormatCount];  // transposed weights, f32 activations
+  PackRow pack[3];                    // by Packing
+  size_t (*packed_bytes)(Packing, int64_t k) noexcept;
+  // Row of any weight format -> float32, n_elems a multiple of the block.
+  void (*decode)(Format, const std::byte* row, int64_t n_elems, float* out) noexcept;
+};
+
+// ---- row-wise ops ---------------------------------------------------------------------------
+// x, out: rows of n elements; formats as named; stride in bytes between elements of x.
+struct RowTable {
+  // Any float format and element stride -> float32 / other float format, contiguous.
+  void (*to_f32)(const std::byte* x, Format, int64_t stride_bytes, int64_t n, float* out) noexcept;
+  void (*from_f32)(const float* x, int64_t n, Format, std::byte* out) noexcept;
+  void (*add)(const float* a, const float* b, int64_t n, float* out) noexcept;
+  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out) noexcept;
+  // out[2i], out[2i+1] = rotation of x[2i], x[2i+1] by (cosine[i], sine[i]).
+  void (*rope)(const float* x, const float* cosine, const float* sine, int64_t n,
+               float* out) noexcept;
+  // softmax(scale * x + mask); mask may be null; a row that is -inf throughout gives zeros.
+  void (*softmax)(const float* x, const float* mask, float scale, int64_t n, float* out) noexcept;
+  void (*swiglu)(const float* gate, const float* up, int64_t n, float* out) noexcept;
+  void (*sigmoid)(const float* x, int64_t n, float* out) noexcept;
+  void (*encode_q8_0)(const float* x, int64_t n, std::byte* out) noexcept;  // cache rows
+};
+
+// ---- attention ------------------------------------------------------------------------------
+// Rows of q against a run of keys, with running softmax. See kernels/attention.inc.cpp.
+struct AttentionTile;
+struct AttentionTable;
+
+struct KernelTable {
+  std::string_view isa;
+  const MatmulTable* matmul;
+  const RowTable* row;
+  const AttentionTable* attention;
+};
+
+}  // namespace mla::cpu

@@ -1,0 +1,4 @@
+#include "backends/cpu/ops/ops.h"
+namespace mla::cpu {
+const CpuOp rms_norm_op = {};
+}  // namespace mla::cpu

@@ -1,0 +1,8 @@
+// The extension module: conversions only. Each register_* file binds one part of the core.
+#include "bindings/register.h"
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "Native core of mla_backend. Use the public modules; this one may change.";
+  mla::bindings::register_errors(m);
+  mla::bindings::register_formats(m);
+}

@@ -1,0 +1,103 @@
+#include "graph/graph.h"
+
+#include <array>
+#include <utility>
+
+#include "base/error.h"
+
+namespace mla {
+
+std::string_view op_name(Op op) {
+  static constexpr std::array<std::string_view, kOpCount> kNames = {{
+#define MLA_OP(name) #name,
+#include "graph/ops.def"
+  }};
+  return kNames[static_cast<size_t>(op)];
+}
+
+Root root_of(Node* node) {
+  int64_t offset = 0;
+  while (node->source != nullptr) {
+    offset += node->offset_bytes;
+    node = node->source;
+  }
+  return {node, offset};
+}
+
+std::string describe(const Node& node) {
+  std::string text = concat(op_name(node.op), "(");
+  const char* comma = "";
+  for (const Node* in : node.inputs) {
+    if (in == nullptr) continue;
+    text += concat(comma, in->layout);
+    if (!in->label.empty()) text += concat(" '", in->label, "'");
+    comma = ", ";
+  }
+  return text + ")";
+}
+
+Node* Graph::adopt(std::unique_ptr<Node> node) {
+  node->id = static_cast<int>(nodes_.size());
+  nodes_.push_back(std::move(node));
+  return nodes_.back().get();
+}
+
+Node* Graph::input(std::string name, Format format, const Shape& shape) {
+  for (const auto& node : nodes_) {
+    MLA_CHECK_SHAPE(node->op != Op::input || node->label != name, "input '", name,
+                    "' is declared twice");
+  }
+  auto node = std::make_unique<Node>();
+  node->op = Op::input;
+  node->label = std::move(name);
+  node->layout = Layout::contiguous(format, shape);
+  return adopt(std::move(node));
+}
+
+Node* Graph::weight(std::string name, const Tensor& tensor) {
+  auto node = std::make_unique<Node>();
+  node->op = Op::weight;
+  node->label = std::move(name);
+  node->layout = tensor;
+  node->constant = tensor.data;
+  return adopt(std::move(node));
+}
+
+Node* Graph::state(std::string name, const Tensor& tensor) {
+  Node* node = weight(std::move(name), tensor);
+  node->op = Op::state;
+  return node;
+}
+
+void Graph::output(Node* node) { outputs_.push_back(node); }
+
+Node* Graph::add_node(Op op, const Layout& layout, std::vector<Node*> inputs, Attrs attrs) {
+  auto node = std::make_unique<Node>();
+  node->op = op;
+  node->layout = layout;
+  node->inputs = std::move(inputs);
+  node->attrs = std::move(attrs);
+  return adopt(std::move(node));
+}
+
+Node* Graph::add_view(Node* of, const Layout& layout, int64_t offset_bytes) {
+  auto node = std::make_unique<Node>();
+  node->op = Op::view;
+  node->layout = layout;
+  node->inputs = {of};
+  node->source = of;
+  node->offset_bytes = offset_bytes;
+  return adopt(std::move(node));
+}
+
+Node* Graph::find_input(std::string_view name) const {
+  std::string known;
+  for (const auto& node : nodes_) {
+    if (node->op != Op::input) continue;
+    if (node->label == name) return node.get();
+    known += concat(known.empty() ? "" : ", ", node->label);
+  }
+  throw ShapeError(concat("graph: no input '", name, "'; it has ", known));
+}
+
+}  // namespace mla

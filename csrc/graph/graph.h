@@ -1,0 +1,33 @@
+// A graph under construction: the builders check shapes once, so that kernels may trust them.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "graph/node.h"
+
+namespace mla {
+
+class Graph {
+ public:
+  Node* input(std::string name, Format format, const Shape& shape);
+  Node* weight(std::string name, const Tensor& tensor);
+  Node* state(std::string name, const Tensor& tensor);
+  void output(Node* node);  // kept readable after a run; may be called several times
+
+  // The only way a computing or view node comes to be; builders in graph/ops call it.
+  Node* add_node(Op op, const Layout& layout, std::vector<Node*> inputs, Attrs attrs = {});
+  Node* add_view(Node* of, const Layout& layout, int64_t offset_bytes);
+
+  const std::vector<std::unique_ptr<Node>>& nodes() const { return nodes_; }
+  const std::vector<Node*>& outputs() const { return outputs_; }
+  Node* find_input(std::string_view name) const;  // throws ShapeError naming the inputs there are
+
+ private:
+  Node* adopt(std::unique_ptr<Node> node);
+  std::vector<std::unique_ptr<Node>> nodes_;
+  std::vector<Node*> outputs_;
+};
+
+}  // namespace mla

@@ -1,0 +1,1 @@
+#include "sys/thread_pool.h"

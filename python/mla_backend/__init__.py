@@ -1,0 +1,1 @@
+"""DeepSeek-family models through Multi-head Latent Attention."""
