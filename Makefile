@@ -1,0 +1,114 @@
+# Everything runs in $(VENV), which is made at first use. `make test` is the whole test run.
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= $(shell nproc)
+ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --no-build-isolation
+
+SOURCES := $(shell find csrc python -type f ! -name '*.pyc' ! -name '*.so') CMakeLists.txt pyproject.toml
+CXX_FILES := $(shell find csrc tests/selfcheck -name '*.h' -o -name '*.cpp')
+ASAN_TESTS ?= tests/gguf tests/graph tests/test_memory.py tests/test_quant.py tests/ops
+
+.PHONY: all build test bench format check stubs check-stubs sanitize asan tsan aarch64 \
+        aarch64-build develop dist clean
+
+all: build
+
+# ---- environments -------------------------------------------------------------------------------
+$(VENV)/.tools: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))\
+	['build-system']['requires'], sep='\n')" > $(VENV)/build-requires.txt
+	$(PIP) install --quiet -r $(VENV)/build-requires.txt
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.tools $(SOURCES)
+	$(INSTALL) '.[test]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.tools
+	$(BIN)/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	e = p['optional-dependencies']; print(*p['dependencies'], *e['dev'], *e['test'], sep='\n')" \
+	> $(VENV)/dev-requires.txt
+	$(PIP) install --quiet -r $(VENV)/dev-requires.txt
+	touch $@
+
+# ---- for users ----------------------------------------------------------------------------------
+build: $(VENV)/.installed
+
+test: build
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: build
+	$(BIN)/python -m bench $(ARGS)
+
+# ---- for developers -----------------------------------------------------------------------------
+# An editable install: changes in csrc are compiled at the next import.
+develop: $(VENV)/.tools $(VENV)/.dev
+	rm -f $(VENV)/.installed
+	$(INSTALL) -e '.[dev,test]'
+
+format: $(VENV)/.dev
+	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: $(VENV)/.dev
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+STUBGEN = $(BIN)/python -m pybind11_stubgen mla_backend._core --ignore-all-errors
+stubs: build $(VENV)/.dev
+	rm -rf build/stubs
+	$(STUBGEN) -o build/stubs
+	cp build/stubs/mla_backend/_core.pyi python/mla_backend/_core.pyi
+
+check-stubs: build $(VENV)/.dev
+	rm -rf build/stubs
+	$(STUBGEN) -o build/stubs
+	diff -u python/mla_backend/_core.pyi build/stubs/mla_backend/_core.pyi
+
+dist: $(VENV)/.dev
+	$(BIN)/python -m build
+
+# ---- other builds -------------------------------------------------------------------------------
+PYTHON_HINTS = -DPython_EXECUTABLE=$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+
+sanitize: asan tsan
+
+# The interpreter is not instrumented, so the sanitizer is loaded before it; its own leaks at exit
+# are not ours.
+asan: build
+	cmake --preset asan $(PYTHON_HINTS)
+	cmake --build build/asan
+	build/asan/mla_selfcheck
+	rm -rf build/asan/site
+	mkdir -p build/asan/site
+	cp -r python/mla_backend build/asan/site/
+	cp build/asan/_core*.so build/asan/site/mla_backend/
+	PYTHONPATH=build/asan/site ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	$(BIN)/python -m pytest -p no:cacheprovider $(wildcard $(ASAN_TESTS)) $(ARGS)
+
+tsan: $(VENV)/.tools
+	cmake --preset tsan
+	cmake --build build/tsan
+	build/tsan/mla_selfcheck
+
+aarch64-build: $(VENV)/.tools
+	cmake --preset aarch64
+	cmake --build build/aarch64
+
+aarch64: aarch64-build
+	qemu-aarch64 build/aarch64/mla_selfcheck
+
+clean:
+	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
