@@ -5,4 +5,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "Native core of mla_backend. Use the public modules; this one may change.";
   mla::bindings::register_errors(m);
   mla::bindings::register_formats(m);
+  mla::bindings::register_tensor(m);
+  mla::bindings::register_graph(m);
+  mla::bindings::register_backends(m);
 }

@@ -1,1 +1,191 @@
 #include "sys/thread_pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <mutex>
+#include <thread>
+
+#include "base/error.h"
+#include "sys/topology.h"
+
+namespace mla::sys {
+namespace {
+
+// One 64-bit word says which run is on, how many chunks it has and which comes next. A chunk is
+// claimed by compare-and-swap, so nobody can claim a chunk of a run that has ended.
+constexpr int kCountBits = 22;
+constexpr int64_t kMaxChunks = (int64_t{1} << kCountBits) - 1;
+constexpr uint64_t kCountMask = (uint64_t{1} << kCountBits) - 1;
+
+struct Ticket {
+  uint64_t word;
+  uint64_t epoch() const { return word >> (2 * kCountBits); }
+  int64_t count() const { return static_cast<int64_t>((word >> kCountBits) & kCountMask); }
+  int64_t next() const { return static_cast<int64_t>(word & kCountMask); }
+  static uint64_t start(uint64_t epoch, int64_t count) {
+    return (epoch << (2 * kCountBits)) | (static_cast<uint64_t>(count) << kCountBits);
+  }
+};
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+void pin_this_thread(int cpu) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // checked when the pool is made
+}
+
+}  // namespace
+
+struct ThreadPool::State {
+  std::vector<int> cpus;
+  int n_threads = 1;
+  int spin_us = 0;
+  pid_t owner = 0;
+  std::mutex callers;
+  std::vector<std::thread> workers;
+
+  alignas(64) std::atomic<uint64_t> ticket{0};
+  alignas(64) std::atomic<int64_t> done{0};
+  alignas(64) std::atomic<uint32_t> wake{0};  // bumped with each run: sleepers wait for a change
+  std::atomic<int> sleepers{0};
+  std::atomic<bool> stop{false};
+  Entry entry = nullptr;
+  const void* body = nullptr;
+
+  bool work(int thread);
+  void loop(int thread);
+  void start();
+  void finish();
+};
+
+// Claims and runs chunks until the current run has none left. True if it ran any.
+bool ThreadPool::State::work(int thread) {
+  bool any = false;
+  uint64_t word = ticket.load(std::memory_order_acquire);
+  while (true) {
+    const Ticket now{word};
+    if (now.next() >= now.count()) return any;
+    if (!ticket.compare_exchange_weak(word, word + 1, std::memory_order_acq_rel,
+                                      std::memory_order_acquire)) {
+      continue;
+    }
+    entry(body, now.next(), thread);
+    done.fetch_add(1, std::memory_order_acq_rel);
+    any = true;
+    word = ticket.load(std::memory_order_acquire);
+  }
+}
+
+void ThreadPool::State::loop(int thread) {
+  if (!cpus.empty()) pin_this_thread(cpus[static_cast<size_t>(thread) % cpus.size()]);
+  while (!stop.load(std::memory_order_acquire)) {
+    const uint32_t seen = wake.load(std::memory_order_acquire);
+    if (work(thread)) continue;
+    const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(spin_us);
+    bool woken = false;
+    while (!woken && std::chrono::steady_clock::now() < until) {
+      for (int i = 0; i < 32; ++i) relax();
+      woken = wake.load(std::memory_order_acquire) != seen;
+    }
+    if (woken) continue;
+    sleepers.fetch_add(1, std::memory_order_seq_cst);
+    wake.wait(seen, std::memory_order_seq_cst);
+    sleepers.fetch_sub(1, std::memory_order_seq_cst);
+  }
+}
+
+void ThreadPool::State::start() {
+  owner = getpid();
+  for (int i = 1; i < n_threads; ++i) workers.emplace_back([this, i] { loop(i); });
+}
+
+void ThreadPool::State::finish() {
+  stop.store(true, std::memory_order_seq_cst);
+  wake.fetch_add(1, std::memory_order_seq_cst);
+  wake.notify_all();
+  for (std::thread& worker : workers) worker.join();
+}
+
+ThreadPool::ThreadPool(const ThreadPoolOptions& options) : state_(std::make_unique<State>()) {
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  sched_getaffinity(0, sizeof allowed, &allowed);
+  for (int cpu : options.cpus) {
+    MLA_CHECK(DeviceError, cpu >= 0 && cpu < CPU_SETSIZE && CPU_ISSET(cpu, &allowed),
+              "thread pool: CPU ", cpu, " is not among those this process may use");
+  }
+  MLA_CHECK(ShapeError, options.n_threads >= 0 && options.n_threads <= 4096,
+            "thread pool: ", options.n_threads, " threads, accepted is 0 (automatic) to 4096");
+  state_->cpus = options.cpus;
+  state_->spin_us = options.spin_us;
+  state_->n_threads = options.n_threads > 0 ? options.n_threads : usable_physical_cores();
+  state_->start();
+}
+
+ThreadPool::~ThreadPool() {
+  if (state_->owner == getpid()) {
+    state_->finish();
+  } else {
+    // A forked child has no such threads; their handles cannot be joined, only forgotten.
+    (void)state_.release();
+  }
+}
+
+int ThreadPool::n_threads() const { return state_->n_threads; }
+
+void ThreadPool::run(int64_t n_chunks, Entry entry, const void* body) {
+  if (n_chunks <= 0) return;
+  if (state_->owner != getpid()) {
+    auto fresh = std::make_unique<State>();
+    fresh->cpus = state_->cpus;
+    fresh->n_threads = state_->n_threads;
+    fresh->spin_us = state_->spin_us;
+    (void)state_.release();  // see the destructor
+    state_ = std::move(fresh);
+    state_->start();
+  }
+  State& s = *state_;
+  const std::lock_guard lock(s.callers);
+  if (n_chunks == 1 || s.n_threads == 1) {
+    for (int64_t i = 0; i < n_chunks; ++i) entry(body, i, 0);
+    return;
+  }
+  MLA_CHECK(ShapeError, n_chunks <= kMaxChunks, "thread pool: ", n_chunks, " chunks, at most ",
+            kMaxChunks);
+  s.entry = entry;
+  s.body = body;
+  s.done.store(0, std::memory_order_relaxed);
+  const Ticket last{s.ticket.load(std::memory_order_relaxed)};
+  s.ticket.store(Ticket::start(last.epoch() + 1, n_chunks), std::memory_order_release);
+  s.wake.fetch_add(1, std::memory_order_seq_cst);
+  if (s.sleepers.load(std::memory_order_seq_cst) > 0) s.wake.notify_all();
+  s.work(0);
+  // The rest is in the hands of workers that are at it now; yield if one has lost its core.
+  for (int spins = 0; s.done.load(std::memory_order_acquire) < n_chunks; ++spins) {
+    relax();
+    if (spins > 4096) std::this_thread::yield();
+  }
+}
+
+RowSplit split_rows(int64_t n_rows, int n_threads, int64_t granule, int64_t min_rows) {
+  // Eight chunks a thread: a thread that loses half its time holds up the rest by 1/16 at most.
+  const int64_t wanted = n_threads > 1 ? int64_t{8} * n_threads : 1;
+  int64_t rows = std::max((n_rows + wanted - 1) / wanted, min_rows);
+  rows = (rows + granule - 1) / granule * granule;
+  return {n_rows, std::max<int64_t>(rows, 1)};
+}
+
+}  // namespace mla::sys

@@ -1,0 +1,42 @@
+// Conversions that several register_* files need.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "graph/tensor.h"
+
+namespace mla::bindings {
+
+inline Format to_format(const std::string& name) {
+  const auto found = format_by_name(name);
+  if (!found) {
+    std::string known;
+    for (int i = 0; i < kFormatCount; ++i) {
+      known += concat(i ? ", " : "", format_name(static_cast<Format>(i)));
+    }
+    throw FormatError(concat("format '", name, "' is unknown; accepted are ", known));
+  }
+  return *found;
+}
+
+inline Shape to_shape(const std::vector<int64_t>& dims) {
+  return Shape(std::span<const int64_t>(dims));
+}
+
+// A Tensor over memory that a Python object owns.
+struct PyTensor {
+  Tensor tensor;
+  pybind11::object owner;
+};
+
+// "F32" as float32, "I32" as int32, "F16" as float16; the others as rows of bytes.
+pybind11::array to_array(const Tensor& tensor, pybind11::object owner);
+
+}  // namespace mla::bindings

@@ -1,0 +1,163 @@
+// Thread pools, backends and executors.
+#include <atomic>
+#include <chrono>
+#include <set>
+
+#include "backends/cpu/cpu_backend.h"
+#include "backends/cpu/isa.h"
+#include "backends/subset/subset_backend.h"
+#include "bindings/graph_types.h"
+#include "bindings/register.h"
+#include "exec/executor.h"
+
+namespace py = pybind11;
+using py::arg;
+
+namespace mla::bindings {
+namespace {
+
+struct CancelToken {
+  std::atomic<bool> cancelled{false};
+};
+
+// Asks for the GIL now and then, so that Ctrl-C and other signals reach Python during a run.
+Checkpoint make_checkpoint(const CancelToken* token) {
+  using Clock = std::chrono::steady_clock;
+  static constexpr auto kInterval = std::chrono::milliseconds(20);
+  return [token, next = Clock::now() + kInterval]() mutable {
+    if (token != nullptr && token->cancelled.load(std::memory_order_relaxed)) {
+      throw CancelledError("cancelled");
+    }
+    if (Clock::now() < next) return;
+    next = Clock::now() + kInterval;
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  };
+}
+
+struct PyExecutor {
+  std::unique_ptr<Executor> executor;
+  std::shared_ptr<std::vector<py::object>> owners;
+};
+
+InputData to_input(const std::string& name, const py::array& value) {
+  const py::dtype dtype = value.dtype();
+  Format format = Format::F32;
+  if (dtype.is(py::dtype::of<int32_t>())) {
+    format = Format::I32;
+  } else {
+    MLA_CHECK(FormatError, dtype.is(py::dtype::of<float>()), "input '", name, "': dtype ",
+              std::string(py::str(dtype)), " came, accepted is float32 or int32");
+  }
+  MLA_CHECK_SHAPE((value.flags() & py::array::c_style) != 0, "input '", name,
+                  "' must be C-contiguous");
+  std::vector<int64_t> dims(value.shape(), value.shape() + value.ndim());
+  return {name, format, to_shape(dims), value.data()};
+}
+
+void run(PyExecutor& self, const py::dict& inputs, const CancelToken* cancel) {
+  std::vector<std::string> names;
+  std::vector<py::array> arrays;
+  std::vector<InputData> data;
+  names.reserve(inputs.size());
+  for (auto [key, value] : inputs) {
+    names.push_back(py::cast<std::string>(key));
+    arrays.push_back(py::cast<py::array>(value));
+    data.push_back(to_input(names.back(), arrays.back()));
+  }
+  const Checkpoint checkpoint = make_checkpoint(cancel);
+  const py::gil_scoped_release unlocked;
+  self.executor->run(data, checkpoint);
+}
+
+py::array output(const PyExecutor& self, size_t i) {
+  const Tensor t = self.executor->output(i);
+  auto hold =
+      std::make_unique<std::shared_ptr<std::byte>>(self.executor->workspace().arena(kHost).data);
+  const py::capsule owner(hold.release(),
+                          [](void* p) { delete static_cast<std::shared_ptr<std::byte>*>(p); });
+  return to_array(t, owner);
+}
+
+py::dict report(const PyExecutor& self) {
+  const Plan& plan = self.executor->plan();
+  const auto& backends = self.executor->workspace().backends();
+  py::dict out;
+  py::list nodes;
+  for (const PlannedStep& step : plan.steps) {
+    const auto name = backends[static_cast<size_t>(step.backend)]->name();
+    nodes.append(py::make_tuple(step.node ? op_name(step.node->op) : "hop", name));
+  }
+  int64_t arena = 0;
+  int64_t scratch = 0;
+  for (int64_t bytes : plan.arena_bytes) arena += bytes;
+  for (int64_t bytes : plan.scratch_bytes) scratch += bytes;
+  out["arena_bytes"] = arena;
+  out["unshared_bytes"] = plan.unshared_bytes;
+  out["scratch_bytes"] = scratch;
+  out["n_copies"] = plan.n_copies;
+  out["steps"] = nodes;
+  return out;
+}
+
+void register_devices(py::module_& m) {
+  py::class_<sys::ThreadPool, std::shared_ptr<sys::ThreadPool>>(
+      m, "ThreadPool", "Worker threads. n_threads counts the caller; 0: one per physical core.")
+      .def(py::init([](int n_threads, std::vector<int> cpus, int spin_us) {
+             return std::make_shared<sys::ThreadPool>(
+                 sys::ThreadPoolOptions{n_threads, std::move(cpus), spin_us});
+           }),
+           arg("n_threads") = 0, arg("cpus") = std::vector<int>{}, arg("spin_us") = 50)
+      .def_property_readonly("n_threads", &sys::ThreadPool::n_threads);
+  py::class_<Backend, std::shared_ptr<Backend>>(m, "Backend", "Where nodes can run.")
+      .def_property_readonly("name", [](const Backend& b) { return std::string(b.name()); })
+      .def(
+          "supports_op",
+          [](const Backend& b, const PyNode& node) { return b.supports_op(*node.node); },
+          arg("node"));
+  py::class_<cpu::CpuBackend, Backend, std::shared_ptr<cpu::CpuBackend>>(m, "CpuBackend")
+      .def(py::init<std::shared_ptr<sys::ThreadPool>, std::string_view>(), arg("pool"),
+           arg("isa") = "", "Raises UnsupportedError where this CPU lacks the ISA.")
+      .def_property_readonly("isa", [](const cpu::CpuBackend& b) { return std::string(b.isa()); });
+  py::class_<SubsetBackend, Backend, std::shared_ptr<SubsetBackend>>(
+      m, "SubsetBackend", "Another backend restricted to some ops, with memory of its own.")
+      .def(py::init<std::shared_ptr<Backend>, std::set<std::string>>(), arg("inner"), arg("ops"))
+      .def_property_readonly("n_steps", &SubsetBackend::n_steps);
+  m.def("compiled_isas", &cpu::compiled_isas, "ISAs in this build, best first.");
+  m.def("available_isas", &cpu::available_isas, "Those that this CPU has, best first.");
+}
+
+}  // namespace
+
+void register_backends(py::module_& m) {
+  register_devices(m);
+  py::class_<CancelToken, std::shared_ptr<CancelToken>>(
+      m, "CancelToken", "Stops a run, from any thread, before its next node.")
+      .def(py::init<>())
+      .def("cancel", [](CancelToken& t) { t.cancelled.store(true); })
+      .def("reset", [](CancelToken& t) { t.cancelled.store(false); })
+      .def_property_readonly("cancelled", [](const CancelToken& t) { return t.cancelled.load(); });
+  py::class_<Workspace, std::shared_ptr<Workspace>>(
+      m, "Workspace", "Memory shared by the executors of one model, which run one at a time.")
+      .def(py::init<std::vector<std::shared_ptr<Backend>>>(), arg("backends"))
+      .def_property_readonly("n_bytes", [](const Workspace& w) {
+        size_t bytes = 0;
+        for (Domain d = 0; d < w.n_domains(); ++d) bytes += w.arena(d).size_bytes;
+        for (size_t b = 0; b < w.backends().size(); ++b) {
+          bytes += w.scratch(static_cast<int>(b)).size_bytes;
+        }
+        return bytes;
+      });
+  py::class_<PyExecutor>(m, "Executor", "A planned graph, run again and again.")
+      .def(py::init([](const PyGraph& g, std::shared_ptr<Workspace> workspace) {
+             return PyExecutor{std::make_unique<Executor>(g.graph, std::move(workspace)), g.owners};
+           }),
+           arg("graph"), arg("workspace"), "Raises UnsupportedError where no backend has a node.")
+      .def("run", &run, arg("inputs"), arg("cancel") = nullptr,
+           "inputs: float32 or int32 arrays by name, C-contiguous. Raises CancelledError.")
+      .def("output", &output, arg("index") = 0,
+           "View of an output; its values stay until the next run in the workspace.")
+      .def("report", &report);
+}
+
+}  // namespace mla::bindings

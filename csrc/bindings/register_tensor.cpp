@@ -1,0 +1,102 @@
+// Tensors over Python buffers, and back.
+#include "bindings/convert.h"
+#include "bindings/register.h"
+
+namespace py = pybind11;
+
+namespace mla::bindings {
+namespace {
+
+void check_fits(const Layout& layout, int64_t offset, int64_t size_bytes) {
+  int64_t low = offset;
+  int64_t high = offset;
+  if (layout.shape.n_elems() == 0) return;
+  const FormatTraits& t = traits(layout.format);
+  for (int i = 0; i < kMaxRank; ++i) {
+    const int64_t steps = i == 3 ? layout.shape.extent[i] / t.block_elems : layout.shape.extent[i];
+    (layout.stride[i] < 0 ? low : high) += (steps - 1) * layout.stride[i];
+  }
+  MLA_CHECK_SHAPE(low >= 0 && high + t.block_bytes <= size_bytes, "tensor ", layout, " at byte ",
+                  offset, " reaches bytes ", low, " to ", high + t.block_bytes, " of a buffer of ",
+                  size_bytes);
+}
+
+PyTensor make_tensor(const py::buffer& memory, const std::string& format,
+                     const std::vector<int64_t>& shape,
+                     const std::optional<std::vector<int64_t>>& strides, int64_t offset) {
+  Layout layout = Layout::contiguous(to_format(format), to_shape(shape));
+  if (strides) {
+    MLA_CHECK_SHAPE(strides->size() == shape.size(), "tensor: ", strides->size(),
+                    " strides came for ", layout);
+    for (size_t i = 0; i < strides->size(); ++i) {
+      layout.stride[kMaxRank - shape.size() + i] = (*strides)[i];
+    }
+    const FormatTraits& t = traits(layout.format);
+    MLA_CHECK_SHAPE(!t.quantized || shape.empty() || layout.stride[3] == t.block_bytes, "tensor ",
+                    layout, ": blocks must lie side by side, innermost stride ", t.block_bytes);
+  }
+  const py::buffer_info info = memory.request();
+  // The buffer's own strides say which bytes are valid; only its extent counts here.
+  int64_t size_bytes = info.itemsize;
+  for (py::ssize_t d = 0; d < info.ndim; ++d) {
+    MLA_CHECK_SHAPE(info.strides[static_cast<size_t>(d)] >= 0,
+                    "tensor: give the base buffer, not one with negative strides");
+    size_bytes = info.size == 0 ? 0
+                                : size_bytes + (info.shape[static_cast<size_t>(d)] - 1) *
+                                                   info.strides[static_cast<size_t>(d)];
+  }
+  check_fits(layout, offset, size_bytes);
+  return {Tensor(layout, static_cast<std::byte*>(info.ptr) + offset), memory};
+}
+
+std::vector<int64_t> dims_of(const Shape& shape) {
+  return {shape.dims().begin(), shape.dims().end()};
+}
+
+}  // namespace
+
+py::array to_array(const Tensor& tensor, py::object owner) {
+  const auto dims = dims_of(tensor.shape);
+  std::vector<py::ssize_t> shape(dims.begin(), dims.end());
+  std::vector<py::ssize_t> strides;
+  for (int i = kMaxRank - tensor.shape.rank; i < kMaxRank; ++i) strides.push_back(tensor.stride[i]);
+  py::dtype dtype;
+  switch (tensor.format) {
+    case Format::F32:
+      dtype = py::dtype::of<float>();
+      break;
+    case Format::I32:
+      dtype = py::dtype::of<int32_t>();
+      break;
+    case Format::F16:
+      dtype = py::dtype("float16");
+      break;
+    case Format::BF16:
+      dtype = py::dtype::of<uint16_t>();
+      break;
+    default:
+      dtype = py::dtype::of<uint8_t>();
+      shape.back() = row_bytes(tensor.format, tensor.shape.extent[3]);
+      strides.back() = 1;
+  }
+  return py::array(dtype, shape, strides, tensor.data, owner);
+}
+
+void register_tensor(py::module_& m) {
+  py::class_<PyTensor>(m, "Tensor",
+                       "A strided view over the memory of a buffer, which it keeps alive.")
+      .def(py::init(&make_tensor), py::arg("buffer"), py::arg("format"), py::arg("shape"),
+           py::arg("strides_bytes") = std::nullopt, py::arg("offset_bytes") = 0,
+           "shape outermost first, at most 4 extents. Strides default to contiguous; for a "
+           "quantized format the innermost one is the bytes of a block. Raises ShapeError, "
+           "FormatError.")
+      .def_property_readonly(
+          "format", [](const PyTensor& t) { return std::string(format_name(t.tensor.format)); })
+      .def_property_readonly("shape", [](const PyTensor& t) { return dims_of(t.tensor.shape); })
+      .def_property_readonly("n_bytes", [](const PyTensor& t) { return t.tensor.span_bytes(); })
+      .def(
+          "view", [](const PyTensor& t) { return to_array(t.tensor, t.owner); },
+          "ndarray over the same memory: BF16 as uint16, quantized rows as uint8.");
+}
+
+}  // namespace mla::bindings

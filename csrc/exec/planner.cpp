@@ -1,0 +1,171 @@
+#include "exec/planner.h"
+
+#include <algorithm>
+#include <unordered_map>
+
+#include "base/error.h"
+
+namespace mla {
+namespace {
+
+constexpr int64_t kAlignment = 64;  // a cache line: no two values share one
+
+int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+bool touches_state(const Node& node) {
+  for (Node* in : node.inputs) {
+    if (in != nullptr && root_of(in).node->op == Op::state) return true;
+  }
+  return false;
+}
+
+class Planner {
+ public:
+  Planner(const Graph& graph, const Workspace& workspace) : graph_(graph), workspace_(workspace) {
+    plan_.arena_bytes.resize(static_cast<size_t>(workspace.n_domains()));
+    plan_.scratch_bytes.resize(workspace.backends().size());
+  }
+
+  Plan make() {
+    for (const auto& node : graph_.nodes()) {
+      if (node->op == Op::input) {
+        add_slot(node.get(), kHost, -1);
+      } else if (!node->is_leaf() && node->op != Op::view) {
+        plan_node(node.get());
+      }
+    }
+    for (Node* output : graph_.outputs()) {
+      Node* root = root_of(output).node;
+      if (root->op == Op::input || !root->is_leaf()) use(root, kHost, kForever);
+    }
+    place();
+    return std::move(plan_);
+  }
+
+ private:
+  static constexpr int kForever = INT32_MAX;
+
+  int choose_backend(const Node& node) const {
+    const auto& backends = workspace_.backends();
+    std::string tried;
+    for (size_t i = 0; i < backends.size(); ++i) {
+      // State lives in host memory: only a backend that uses it in place may touch it.
+      const bool reaches = backends[i]->shares_host_memory() || !touches_state(node);
+      if (reaches && backends[i]->supports_op(node)) return static_cast<int>(i);
+      tried += concat(i ? ", " : "", backends[i]->name());
+    }
+    throw UnsupportedError(concat("no backend (", tried, ") supports ", describe(node)));
+  }
+
+  void plan_node(Node* node) {
+    const int backend = choose_backend(*node);
+    const Domain domain = workspace_.domain_of(backend);
+    for (Node* in : node->inputs) {
+      if (in == nullptr) continue;
+      Node* root = root_of(in).node;
+      if (root->op != Op::weight && root->op != Op::state) use(root, domain, kNow);
+    }
+    const int step = static_cast<int>(plan_.steps.size());
+    for (int slot : touched_) plan_.slots[static_cast<size_t>(slot)].last = step;
+    touched_.clear();
+    plan_.steps.push_back({backend, node, -1, -1});
+    add_slot(node, domain, step);
+    auto& scratch = plan_.scratch_bytes[static_cast<size_t>(backend)];
+    scratch = std::max(
+        scratch, static_cast<int64_t>(
+                     workspace_.backends()[static_cast<size_t>(backend)]->scratch_bytes(*node)));
+  }
+
+  static constexpr int kNow = -2;  // the step that is about to be planned
+
+  int add_slot(Node* root, Domain domain, int step) {
+    const int index = static_cast<int>(plan_.slots.size());
+    const int64_t bytes = aligned(root->layout.span_bytes());
+    plan_.slots.push_back({root, domain, step, step, bytes, 0});
+    by_root_[root].push_back(index);
+    plan_.unshared_bytes += bytes;
+    return index;
+  }
+
+  // The slot of `root` in `domain`, copied there first if it is elsewhere only.
+  int use(Node* root, Domain domain, int until) {
+    int slot = find(root, domain);
+    if (slot < 0) {
+      const int source = domain == kHost ? by_root_[root].front() : use(root, kHost, kNow);
+      const Domain from = plan_.slots[static_cast<size_t>(source)].domain;
+      const int step = static_cast<int>(plan_.steps.size());
+      slot = add_slot(root, domain, step);
+      plan_.slots[static_cast<size_t>(source)].last =
+          std::max(plan_.slots[static_cast<size_t>(source)].last, step);
+      plan_.steps.push_back({device_between(from, domain), nullptr, source, slot});
+      ++plan_.n_copies;
+    }
+    if (until == kForever) {
+      plan_.slots[static_cast<size_t>(slot)].last = kForever;
+    } else {
+      touched_.push_back(slot);
+    }
+    return slot;
+  }
+
+  int find(const Node* root, Domain domain) const {
+    const auto it = by_root_.find(root);
+    if (it == by_root_.end()) return -1;
+    for (int slot : it->second) {
+      if (plan_.slots[static_cast<size_t>(slot)].domain == domain) return slot;
+    }
+    return -1;
+  }
+
+  int device_between(Domain a, Domain b) const {
+    const Domain device = a == kHost ? b : a;
+    const auto& backends = workspace_.backends();
+    for (size_t i = 0; i < backends.size(); ++i) {
+      if (workspace_.domain_of(static_cast<int>(i)) == device) return static_cast<int>(i);
+    }
+    return 0;
+  }
+
+  // First fit in order of birth: the lowest gap among the values alive at the same time.
+  void place() {
+    std::vector<Slot*> alive;
+    for (Slot& slot : plan_.slots) {
+      std::erase_if(alive, [&](const Slot* other) { return other->last < slot.first; });
+      int64_t at = 0;
+      for (const Slot* other : alive) {  // sorted by offset
+        if (other->domain != slot.domain) continue;
+        if (at + slot.bytes <= other->offset_bytes) break;
+        at = std::max(at, other->offset_bytes + other->bytes);
+      }
+      slot.offset_bytes = at;
+      auto& arena = plan_.arena_bytes[static_cast<size_t>(slot.domain)];
+      arena = std::max(arena, at + slot.bytes);
+      alive.insert(std::upper_bound(alive.begin(), alive.end(), &slot,
+                                    [](const Slot* a, const Slot* b) {
+                                      return a->offset_bytes < b->offset_bytes;
+                                    }),
+                   &slot);
+    }
+  }
+
+  const Graph& graph_;
+  const Workspace& workspace_;
+  Plan plan_;
+  std::unordered_map<const Node*, std::vector<int>> by_root_;
+  std::vector<int> touched_;
+};
+
+}  // namespace
+
+int Plan::find_slot(const Node* root, Domain domain) const {
+  for (size_t i = 0; i < slots.size(); ++i) {
+    if (slots[i].root == root && slots[i].domain == domain) return static_cast<int>(i);
+  }
+  return -1;
+}
+
+Plan make_plan(const Graph& graph, const Workspace& workspace) {
+  return Planner(graph, workspace).make();
+}
+
+}  // namespace mla
