@@ -46,14 +46,19 @@ struct MatmulTable {
 };
 
 // ---- row-wise ops ---------------------------------------------------------------------------
-// x, out: rows of n elements; formats as named; stride in bytes between elements of x.
+// x, out: rows of n float32 elements, contiguous but for to_f32; out may not overlap the inputs.
+// Errors are in kernels/row.inc.cpp.
 struct RowTable {
-  // Any float format and element stride -> float32 / other float format, contiguous.
+  // Any float format and element stride -> float32; float32 -> any float format, contiguous.
   void (*to_f32)(const std::byte* x, Format, int64_t stride_bytes, int64_t n, float* out) noexcept;
   void (*from_f32)(const float* x, int64_t n, Format, std::byte* out) noexcept;
   void (*add)(const float* a, const float* b, int64_t n, float* out) noexcept;
+  // weight may be null. A row of zeros gives zeros, even with eps == 0.
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out) noexcept;
-  // out[2i], out[2i+1] = rotation of x[2i], x[2i+1] by (cosine[i], sine[i]).
+  // cosine[i], sine[i] = those of position * frequencies[i], times scale; angles up to 2^31.
+  void (*rotation)(int32_t position, const float* frequencies, float scale, int64_t n,
+                   float* cosine, float* sine) noexcept;
+  // out[2i], out[2i+1] = rotation of x[2i], x[2i+1] by (cosine[i], sine[i]); n is even.
   void (*rope)(const float* x, const float* cosine, const float* sine, int64_t n,
                float* out) noexcept;
   // softmax(scale * x + mask); mask may be null; a row that is -inf throughout gives zeros.
