@@ -31,7 +31,7 @@ def template(source: str | None) -> ChatTemplate:
     return ChatTemplate(source, bos_token=BOS, eos_token=EOS)
 
 
-def render(source: str, messages: list[dict[str, Any]] | None = None, **extra: object) -> str:
+def render(source: str, messages: list[dict[str, Any]] | None = None, **extra: Any) -> str:
     return template(source).render(TALK if messages is None else messages, **extra)
 
 
@@ -246,13 +246,15 @@ def test_splitting_does_not_depend_on_the_pieces(parts: list[str], opened: bool)
 
 def test_stream_is_prompt() -> None:
     splitter = ThinkingSplitter()
-    assert not splitter.is_thinking
-    assert splitter.push("<think>let") == Split("let", "")
-    assert splitter.is_thinking
-    assert splitter.push(" me </th") == Split(" me", "")
-    assert splitter.push("ink>\n") == Split("", "")
-    assert not splitter.is_thinking
-    assert splitter.push("yes") == Split("", "yes")
+    steps = [
+        ("<think>let", Split("let", ""), True),
+        (" me </th", Split(" me", ""), True),
+        ("ink>\n", Split("", ""), False),
+        ("yes", Split("", "yes"), False),
+    ]
+    for piece, expected, is_thinking in steps:
+        assert splitter.push(piece) == expected
+        assert splitter.is_thinking == is_thinking
     assert splitter.flush() == Split("", "")
 
 

@@ -97,7 +97,7 @@ LOGITS = hnp.arrays(np.float32, st.integers(1, 200), elements=st.floats(-20, 20,
 def test_only_survivors_are_chosen(
     logits: Array, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
-    chain = {"temperature": temperature, "top_k": top_k, "min_p": min_p}
+    chain: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "min_p": min_p}
     # A token whose cumulative share is at the limit within rounding may be in or out.
     wide = expected_probabilities(logits, top_p=min(1.0, top_p + 1e-5), **chain)
     if min_p:

@@ -195,7 +195,7 @@ def _generation_tag() -> type[Any]:
     from jinja2.ext import Extension
 
     class GenerationTag(Extension):
-        tags = {"generation"}
+        tags: set[str] = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: parser.Parser) -> list[nodes.Node]:
             next(parser.stream)
