@@ -81,10 +81,12 @@ class Keys:
         return self._wrong(name, value, f"a number above {low:g}, at most {high:g}", high)
 
     def flag(self, name: str, default: bool) -> bool:
+        """A boolean."""
         value = self._get(name, default, False)
         return value if type(value) is bool else self._wrong(name, value, "true or false", default)
 
     def text(self, name: str, default: str) -> str:
+        """A string."""
         value = self._get(name, default, False)
         return value if type(value) is str else self._wrong(name, value, "a string", default)
 
@@ -97,6 +99,7 @@ class Keys:
         self._read.update(names)
 
     def require(self, condition: bool, problem: str) -> None:
+        """Report ``problem`` unless ``condition`` holds."""
         if not condition:
             self.problems.append(problem)
 

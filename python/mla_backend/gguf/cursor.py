@@ -52,10 +52,12 @@ class Cursor:
         return self._window[self.pos : self.pos + count]
 
     def u32(self, what: str) -> int:
+        """An unsigned 32-bit integer."""
         start = self._take(4, what)
         return int(_U32.unpack_from(self._window, start)[0])
 
     def u64(self, what: str) -> int:
+        """An unsigned 64-bit integer."""
         start = self._take(8, what)
         return int(_U64.unpack_from(self._window, start)[0])
 
