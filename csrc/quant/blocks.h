@@ -13,8 +13,8 @@ namespace mla::block {
 using half = uint16_t;
 
 // Elements that share one block in the formats with super-blocks.
-inline constexpr int kSuper = 256;
-inline constexpr int kSmall = 32;
+static constexpr int kSuper = 256;
+static constexpr int kSmall = 32;
 
 // Small blocks keep element l < 16 in the low nibble of qs[l], element l + 16 in the high one.
 
@@ -83,7 +83,7 @@ struct IQ4_XS {  // d * (s - 32) * kIq4Levels[q], s of 6 bits per group e / 32
 };
 
 // The sixteen levels of the non-linear 4-bit formats, denser around zero.
-inline constexpr int8_t kIq4Levels[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+static constexpr int8_t kIq4Levels[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                           1,    13,   25,  38,  53,  69,  89,  113};
 
 #define MLA_FORMAT(name, gguf, elems, bytes)                              \

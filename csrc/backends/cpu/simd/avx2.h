@@ -13,6 +13,7 @@ inline constexpr int kLanes = 8;
 namespace mla::cpu::MLA_ISA {
 namespace {
 
+inline float f16_to_f32(uint16_t h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
 inline F32 load_f16(const uint16_t* p) {
   return (F32)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -22,6 +23,59 @@ inline void store_f16(uint16_t* p, F32 v) {
 }
 inline void store_bf16(uint16_t* p, F32 v) {
   for (int i = 0; i < kLanes; ++i) p[i] = float_to_bf16(v[i]);
+}
+
+// ---- small integers: see simd.h -----------------------------------------------------------------
+inline constexpr bool kSignedByOffset = false;
+inline constexpr bool kHasBf16Dot = false;
+
+// vpmaddubsw saturates sums of two products at 2^15, which these stay below: 2 * 127 * 127, and
+// with the sign moved from w to x and |w| <= 128 as an unsigned byte, 2 * 128 * 127.
+template <bool is_signed>
+inline I32 dot(Bytes w, Bytes x) {
+  __m256i a = (__m256i)w;
+  __m256i b = (__m256i)x;
+  if constexpr (is_signed) {
+    b = _mm256_sign_epi8(b, a);
+    a = _mm256_abs_epi8(a);
+  }
+  return (I32)_mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1));
+}
+
+inline void put_pair(Bytes* q, int pair, U8x32 a, U8x32 b) {
+  q[2 * pair] = a;
+  q[2 * pair + 1] = b;
+}
+inline F32 spread(const F32x16& x, int part) {
+  const __m256i half = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
+  const __m256i index = _mm256_add_epi32(half, _mm256_set1_epi32(2 * (part & 3)));
+  return (F32)_mm256_permutevar8x32_ps((__m256)x.v[part >> 2], index);
+}
+inline F32 widen_8(__m128i x, bool is_signed) {
+  return (F32)_mm256_cvtepi32_ps(is_signed ? _mm256_cvtepi8_epi32(x) : _mm256_cvtepu8_epi32(x));
+}
+inline F32x16 widen_u8(U8x16 x) {
+  return {{widen_8((__m128i)x, false), widen_8(_mm_srli_si128((__m128i)x, 8), false)}};
+}
+inline F32x16 widen_s8(U8x16 x) {
+  return {{widen_8((__m128i)x, true), widen_8(_mm_srli_si128((__m128i)x, 8), true)}};
+}
+inline F32x16 widen_f16(U16x16 x) {
+  return {{(F32)_mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)x)),
+           (F32)_mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)x, 1))}};
+}
+
+inline U8x32 lookup16(const int8_t* table, U8x32 index) {
+  const __m128i row = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return (U8x32)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(row), (__m256i)index);
+}
+inline U8x32 bits_to_bytes(uint32_t bits, uint8_t value) {
+  const __m256i byte_of = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202,
+                                            0x0101010101010101, 0x0000000000000000);
+  const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(bits)), byte_of);
+  const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201));
+  const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+  return (U8x32)set & value;
 }
 
 }  // namespace

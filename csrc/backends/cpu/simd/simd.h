@@ -5,6 +5,17 @@
 // F32 (kLanes floats, a GCC vector: + - * / work on it; a * b + c contracts to one FMA):
 //   load(const float*) store(float*, F32) set1(float) zero() load_f16(const uint16_t*)
 //   load_bf16(const uint16_t*) store_f16 store_bf16 max(F32, F32) reduce_add reduce_max exp(F32)
+//
+// Small integers (Bytes: one register of them; 256 weights are kParts registers):
+//   I32 dot<is_signed>(Bytes w, Bytes x)  products of w with x in [-127, 127], summed in fours; a
+//       lane's four lie within the 16 bytes that `spread` gives one scale. w in [0, 127], or in
+//       [-128, 127] if is_signed. Where kSignedByOffset, w may be any unsigned byte, and signed
+//       weights come as w + 128: the kernel takes 128 sum(x) off again.
+//   put_pair(Bytes*, pair, U8x32, U8x32)  groups 2 pair and 2 pair + 1 of 32 bytes, into registers
+//   F32 spread(F32x16, part)          one number per 16 bytes -> the lanes of register `part`
+//   F32x16 widen_u8, widen_s8(U8x16), widen_f16(U16x16)
+//   U8x32 lookup16(table of 16, index), bits_to_bytes(bits, value): value where the bit is set
+//   F32 dot_bf16(acc, w, x)           2 kLanes bf16 products; only if kHasBf16Dot
 #pragma once
 
 #include <bit>

@@ -1,0 +1,232 @@
+// Rows of any weight format as float32, up to 256 elements at a time, and the packing of
+// activations.
+#pragma once
+
+#include "backends/cpu/kernels.h"
+#include "backends/cpu/kernels/unpack.inc.h"
+
+namespace mla::cpu::MLA_ISA {
+namespace {
+
+inline constexpr int kChunk = block::kSuper;  // elements decoded at a time
+
+inline constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- weights ------------------------------------------------------------------------------------
+// Elements [begin, begin + n) of a row, n <= kChunk, as floats, zeros after them up to a whole
+// register. begin is a multiple of the format's block. The result may be the row itself.
+template <Format format>
+struct Decode;
+
+template <>
+struct Decode<Format::F32> {
+  static const float* chunk(const std::byte* row, int64_t begin, int64_t n, float* out) {
+    const float* p = reinterpret_cast<const float*>(row) + begin;
+    if (n % kLanes == 0) return p;
+    std::memset(out, 0, kChunk * sizeof(float));
+    std::memcpy(out, p, static_cast<size_t>(n) * sizeof(float));
+    return out;
+  }
+};
+
+template <F32 (*load_16bit)(const uint16_t*)>
+inline const float* decode_16bit(const std::byte* row, int64_t begin, int64_t n, float* out) {
+  const uint16_t* p = reinterpret_cast<const uint16_t*>(row) + begin;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load_16bit(p + i));
+  if (i < n) {
+    uint16_t padded[kLanes] = {};
+    std::memcpy(padded, p + i, static_cast<size_t>(n - i) * sizeof(uint16_t));
+    store(out + i, load_16bit(padded));
+  }
+  return out;
+}
+template <>
+struct Decode<Format::F16> {
+  static const float* chunk(const std::byte* row, int64_t begin, int64_t n, float* out) {
+    return decode_16bit<load_f16>(row, begin, n, out);
+  }
+};
+template <>
+struct Decode<Format::BF16> {
+  static const float* chunk(const std::byte* row, int64_t begin, int64_t n, float* out) {
+    return decode_16bit<load_bf16>(row, begin, n, out);
+  }
+};
+
+template <class B>
+inline void to_floats(const Weights& w, float* out) {
+  float scale[kGroup], min[kGroup] = {};
+  store_f32x16(scale, w.scale);
+  if constexpr (kHasMin<B>) store_f32x16(min, w.min);
+  const uint8_t* q = reinterpret_cast<const uint8_t*>(w.q);
+  for (int g = 0; g < kGroup; ++g) {
+    const U8x16 bytes = load_as<U8x16>(q + g * kGroup);
+    const F32x16 x = kIsSigned<B> ? widen_s8(bytes) : widen_u8(bytes);
+    for (int i = 0; i < kSixteen; ++i) {
+      store(out + g * kGroup + i * kLanes, x.v[i] * set1(scale[g]) - set1(min[g]));
+    }
+  }
+}
+
+template <class B>
+inline const float* decode_blocks(const std::byte* row, int64_t begin, int64_t n, float* out) {
+  const B* b = reinterpret_cast<const B*>(row) + begin / kBlockElems<B>;
+  Weights w;
+  if (n == kChunk) {
+    unpack(b, w);
+  } else {
+    unpack_tail(b, n, w);
+  }
+  to_floats<B>(w, out);
+  return out;
+}
+#define MLA_FORMAT(name, gguf, elems, bytes)                                                \
+  template <>                                                                               \
+  struct Decode<Format::name> {                                                             \
+    static const float* chunk(const std::byte* row, int64_t begin, int64_t n, float* out) { \
+      return decode_blocks<block::name>(row, begin, n, out);                                \
+    }                                                                                       \
+  };
+#include "quant/formats.def"
+
+template <Format format>
+inline void decode_row(const std::byte* row, int64_t n_elems, float* out) {
+  alignas(64) float buffer[kChunk];
+  for (int64_t i = 0; i < n_elems; i += kChunk) {
+    const int64_t n = smaller(kChunk, n_elems - i);
+    const float* x = Decode<format>::chunk(row, i, n, buffer);
+    std::memcpy(out + i, x, static_cast<size_t>(n) * sizeof(float));
+  }
+}
+
+inline void decode(Format format, const std::byte* row, int64_t n_elems, float* out) noexcept {
+  switch (format) {
+#define MLA_FLOAT(name, gguf, elems, bytes) \
+  case Format::name:                        \
+    return decode_row<Format::name>(row, n_elems, out);
+#define MLA_FORMAT(name, gguf, elems, bytes) \
+  case Format::name:                         \
+    return decode_row<Format::name>(row, n_elems, out);
+#include "quant/formats.def"
+    case Format::I32:
+      return;
+  }
+}
+
+// ---- activations --------------------------------------------------------------------------------
+// Packing::q8: 256 activations as bytes, one scale per 32 elements (given twice, once per group of
+// 16) and the scaled sums of groups, which meet the weights' mins. The last is padded with zeros.
+struct PackedSuper {
+  int8_t q[block::kSuper];
+  float scale[kGroup];
+  float sum[kGroup];
+};
+inline constexpr int kPadFloats = 16;  // Packing::f32 rows are padded to the widest register
+inline constexpr int kPadBf16 = 32;
+
+inline size_t packed_bytes(Packing packing, int64_t k) noexcept {
+  int64_t bytes = 0;
+  switch (packing) {
+    case Packing::f32:
+      bytes = round_up(k, kPadFloats) * static_cast<int64_t>(sizeof(float));
+      break;
+    case Packing::bf16:
+      bytes = round_up(k, kPadBf16) * static_cast<int64_t>(sizeof(uint16_t));
+      break;
+    case Packing::q8:
+      bytes =
+          round_up(k, block::kSuper) / block::kSuper * static_cast<int64_t>(sizeof(PackedSuper));
+      break;
+  }
+  return static_cast<size_t>(round_up(bytes, 64));
+}
+
+inline float element(const std::byte* p, Format format) {
+  if (format == Format::F32) return load_as<float>(p);
+  const uint16_t bits = load_as<uint16_t>(p);
+  return format == Format::F16 ? f16_to_f32(bits) : bf16_to_float(bits);
+}
+
+// Elements [begin, begin + n) of a strided row, n <= kChunk; zeros up to kChunk.
+inline void gather(const std::byte* x, Format format, int64_t stride_bytes, int64_t begin,
+                   int64_t n, float* out) {
+  if (stride_bytes == (format == Format::F32 ? 4 : 2)) {
+    const float* found = format == Format::F32   ? Decode<Format::F32>::chunk(x, begin, n, out)
+                         : format == Format::F16 ? Decode<Format::F16>::chunk(x, begin, n, out)
+                                                 : Decode<Format::BF16>::chunk(x, begin, n, out);
+    if (found != out) std::memcpy(out, found, static_cast<size_t>(n) * sizeof(float));
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = element(x + (begin + i) * stride_bytes, format);
+  }
+  for (int64_t i = n; i < kChunk; ++i) out[i] = 0.0f;
+}
+
+inline void pack_f32(const std::byte* x, Format format, int64_t stride_bytes, int64_t k,
+                     std::byte* out) noexcept {
+  alignas(64) float buffer[kChunk];
+  for (int64_t i = 0; i < k; i += kChunk) {
+    const int64_t n = smaller(kChunk, k - i);
+    gather(x, format, stride_bytes, i, n, buffer);
+    std::memcpy(reinterpret_cast<float*>(out) + i, buffer,
+                static_cast<size_t>(round_up(n, kPadFloats)) * sizeof(float));
+  }
+}
+
+inline void pack_bf16(const std::byte* x, Format format, int64_t stride_bytes, int64_t k,
+                      std::byte* out) noexcept {
+  alignas(64) float buffer[kChunk];
+  uint16_t* y = reinterpret_cast<uint16_t*>(out);
+  for (int64_t i = 0; i < k; i += kChunk) {
+    const int64_t n = smaller(kChunk, k - i);
+    gather(x, format, stride_bytes, i, n, buffer);
+    for (int64_t j = 0; j < round_up(n, kPadBf16); j += kLanes) {
+      store_bf16(y + i + j, load(buffer + j));
+    }
+  }
+}
+
+// 32 floats -> bytes; returns the scale. Infinities and NaNs make the scale NaN, so that they
+// reach the result.
+inline float quantize32(const float* x, int8_t* q) {
+  typedef int8_t Narrow __attribute__((vector_size(kLanes)));
+  F32 most = zero(), poison = zero();
+  for (int i = 0; i < 32; i += kLanes) {
+    const F32 v = load(x + i);
+    most = max(most, max(v, zero() - v));
+    poison = v * zero() + poison;
+  }
+  const float largest = reduce_max(most);
+  // Below this 127 / largest would overflow; such a group counts as zeros.
+  const float inverse = largest > 1e-36f ? 127.0f / largest : 0.0f;
+  const F32 magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  for (int i = 0; i < 32; i += kLanes) {
+    const F32 shifted = load(x + i) * set1(inverse) + magic;
+    const I32 rounded = std::bit_cast<I32>(shifted) - std::bit_cast<I32>(magic);
+    const Narrow narrow = __builtin_convertvector(rounded, Narrow);
+    std::memcpy(q + i, &narrow, sizeof narrow);
+  }
+  return (inverse > 0.0f ? largest / 127.0f : 0.0f) + reduce_add(poison);
+}
+
+inline void pack_q8(const std::byte* x, Format format, int64_t stride_bytes, int64_t k,
+                    std::byte* out) noexcept {
+  alignas(64) float buffer[kChunk];
+  PackedSuper* y = reinterpret_cast<PackedSuper*>(out);
+  for (int64_t i = 0; i < k; i += kChunk, ++y) {
+    gather(x, format, stride_bytes, i, smaller(kChunk, k - i), buffer);
+    for (int g = 0; g < kGroup; g += 2) {
+      const float scale = quantize32(buffer + g * kGroup, y->q + g * kGroup);
+      for (int h = g; h < g + 2; ++h) {
+        int sum = 0;
+        for (int j = 0; j < kGroup; ++j) sum += y->q[h * kGroup + j];
+        y->scale[h] = scale;
+        y->sum[h] = scale * static_cast<float>(sum);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mla::cpu::MLA_ISA
