@@ -135,6 +135,12 @@ def test_all_problems_in_one_message(tmp_path: Path) -> None:
     assert "blk.0.attn_q.bias is not implemented and may change the computation" in message
 
 
+def test_integers_are_no_weights(tmp_path: Path) -> None:
+    tensors = {"blk.0.attn_output.weight": Tensor((32, 64), 26)}
+    message = refusal(tmp_path, changed(tiny_model(), {}, tensors))
+    assert "blk.0.attn_output.weight is I32; accepted: floating-point" in message
+
+
 @pytest.mark.parametrize("type_id", [0, 1, 30])
 def test_norms_of_any_plain_format(tmp_path: Path, type_id: int) -> None:
     tensors = {"blk.0.attn_norm.weight": Tensor((32,), type_id)}

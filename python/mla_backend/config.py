@@ -1,7 +1,6 @@
 """ModelConfig: what a model file's metadata says, validated once and frozen.
 
-Older files lack keys; their defaults are here. Keys that nothing here reads are judged by
-``config_keys``.
+Older files lack keys; their defaults are here. ``config_keys`` judges the keys not read here.
 """
 
 from __future__ import annotations
@@ -248,13 +247,11 @@ def _head_widths(
 
     Split files have the last as well, but mean the latent by them.
     """
-    d_key = keys.integer("attention.key_length_mla", 0)
-    d_value = keys.integer("attention.value_length_mla", 0)
     k_b, v_b = _first(tensors, ".attn_k_b.weight"), _first(tensors, ".attn_v_b.weight")
-    if k_b and not d_key:
-        d_key = k_b.shape[-1] + d_rope
-    if v_b and not d_value:
-        d_value = max(1, math.prod(v_b.shape[:-1]) // n_head)
+    d_key = k_b.shape[-1] + d_rope if k_b else 0
+    d_value = math.prod(v_b.shape[:-1]) // n_head if v_b else 0
+    d_key = keys.integer("attention.key_length_mla", 0) or d_key
+    d_value = keys.integer("attention.value_length_mla", 0) or d_value
     d_key = d_key or keys.integer("attention.key_length")
     d_value = d_value or keys.integer("attention.value_length")
     keys.ignore("attention.key_length", "attention.value_length")
@@ -375,10 +372,8 @@ def _gating(keys: Keys, has_bias: bool) -> Gating:
     found = keys.integer("expert_gating_func", 0, low=0)
     if found == 0:
         return "sigmoid" if has_bias else "softmax"
-    keys.require(
-        found in _GATING,
-        f"expert_gating_func: found {found}; accepted: 1 (softmax), 2 (sigmoid)",
-    )
+    problem = f"expert_gating_func: found {found}; accepted: 1 (softmax), 2 (sigmoid)"
+    keys.require(found in _GATING, problem)
     return _GATING.get(found, "softmax")
 
 

@@ -22,6 +22,8 @@ Role = Literal[
 
 _PLAIN_ROLES: Final = ("norm", "router", "router_bias")
 _PLAIN_FORMATS: Final = ("F32", "F16", "BF16")
+# A format for ids and positions, which the table has and no weight may use.
+_INTEGER_FORMAT: Final = "I32"
 # Longer lists in an error are folded to one line per kind of weight.
 _LISTED = 40
 
@@ -140,7 +142,9 @@ def _problems(spec: WeightSpec, info: TensorInfo) -> Iterator[_Problem]:
     if not _same_data(spec, info):
         text = f"has shape {list(info.shape)}; accepted: {list(spec.shape)}"
         yield _Problem(spec.name, text)
-    if spec.role in _PLAIN_ROLES and info.format not in _PLAIN_FORMATS:
+    if info.format == _INTEGER_FORMAT:
+        yield _Problem(spec.name, "is I32; accepted: floating-point and quantized formats")
+    elif spec.role in _PLAIN_ROLES and info.format not in _PLAIN_FORMATS:
         yield _Problem(spec.name, f"is {info.format}; accepted: {', '.join(_PLAIN_FORMATS)}")
 
 

@@ -79,7 +79,7 @@ def seeds() -> list[bytes]:
     return [build(file) for file in files]
 
 
-def header_bytes(data: bytes) -> int:
+def header_bytes(data: bytes | bytearray) -> int:
     """Where the mutations concentrate: behind it are only zeros of weights."""
     return len(data.rstrip(b"\0"))
 
@@ -100,10 +100,9 @@ def put_integer(data: bytearray, rng: random.Random) -> bytearray:
 
 def put_field(data: bytearray, rng: random.Random) -> bytearray:
     """An integer exactly over one that the file has: the length before some text, or a count."""
-    size = header_bytes(data)
-    found = [
-        at for at in range(8, size - 8) if 0 < int.from_bytes(data[at : at + 8], "little") < 99
-    ]
+    start = rng.randrange(max(1, header_bytes(data) - 8))
+    near = range(start, min(start + 100, len(data) - 8))
+    found = [at for at in near if 0 < int.from_bytes(data[at : at + 8], "little") < 99]
     at = rng.choice([*found, 4, 8, 16])
     old = int.from_bytes(data[at : at + 8], "little")
     number = rng.choice([old - 1, old + 1, old * 2, *_INTERESTING])

@@ -19,7 +19,7 @@ _PACK = {
     U64: "<Q", I64: "<q", F64: "<d",
 }  # fmt: skip
 #: Tensor type id -> elements and bytes per block, of the types that tests write.
-BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 8: (32, 34), 12: (256, 144), 30: (1, 2)}
+BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 8: (32, 34), 12: (256, 144), 26: (1, 4), 30: (1, 2)}
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,7 @@ def test_bad_alignment(tmp_path: Path, alignment: object) -> None:
         (Tensor((8,), 16), "type: found IQ2_XXS, type 16; accepted: F32, F16, BF16, Q4_0"),
         (Tensor((8,), 39), "type: found MXFP4, type 39"),
         (Tensor((8,), 4), "type: found Q4_2 (removed from GGUF), type 4"),
-        (Tensor((8,), 26), "type: found I32, type 26"),
+        (Tensor((8,), 25), "type: found I16, type 25"),
         (Tensor((8,), 99), "type: found unknown type 99"),
     ],
 )

@@ -138,7 +138,7 @@ def test_result_cannot_be_changed(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         del file.tensors["t"]  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="read-only"):
-        file.metadata["a"][0] = 3  # type: ignore[index,call-overload]
+        file.metadata["a"][0] = 3  # type: ignore[index]
 
 
 def test_arrays_outlive_a_truncated_file(tmp_path: Path) -> None:
@@ -151,13 +151,14 @@ def test_arrays_outlive_a_truncated_file(tmp_path: Path) -> None:
 def test_sizes_beyond_32_bits(tmp_path: Path) -> None:
     """A sparse file with an expert tensor of 4.3e9 elements, and one behind it."""
     big = Tensor((256, 4097, 4096), 1, data=b"")
-    small = Tensor((4,), 0, data=b"", offset=256 * 4097 * 4096 * 2)
+    big_bytes = 256 * 4097 * 4096 * 2
+    small = Tensor((4,), 0, data=b"", offset=big_bytes)
     path = written(tmp_path, File({}, {"big": big, "small": small}))
-    end = path.stat().st_size + small.offset + small.n_bytes
+    end = path.stat().st_size + big_bytes + small.n_bytes
     os.truncate(path, end)
     file = read_gguf(path)
-    assert file.tensors["big"].n_bytes == 256 * 4097 * 4096 * 2 > 2**33
-    assert file.tensors["small"].offset == file.tensors["big"].offset + 256 * 4097 * 4096 * 2
+    assert file.tensors["big"].n_bytes == big_bytes > 2**33
+    assert file.tensors["small"].offset == file.tensors["big"].offset + big_bytes
     os.truncate(path, end - 1)
     with pytest.raises(ModelError, match=r"tensor 'small': data"):
         read_gguf(path)
@@ -292,7 +293,8 @@ def test_any_shard_may_be_named(tmp_path: Path, named: int) -> None:
 
 
 def test_shards_without_split_keys(tmp_path: Path) -> None:
-    paths = shards(tmp_path, **{"split.no": None, "split.count": None, "split.tensors.count": None})
+    keys: dict[str, Any] = {"split.no": None, "split.count": None, "split.tensors.count": None}
+    paths = shards(tmp_path, **keys)
     assert len(read_gguf(paths[1]).tensors) == 3
 
 

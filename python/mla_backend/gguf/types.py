@@ -51,7 +51,6 @@ UNSUPPORTED_TENSOR_TYPES: dict[int, str] = {
     22: "IQ2_S",
     24: "I8",
     25: "I16",
-    26: "I32",
     27: "I64",
     28: "F64",
     29: "IQ1_M",
