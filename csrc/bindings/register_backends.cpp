@@ -118,7 +118,8 @@ void register_devices(py::module_& m) {
   py::class_<cpu::CpuBackend, Backend, std::shared_ptr<cpu::CpuBackend>>(m, "CpuBackend")
       .def(py::init<std::shared_ptr<sys::ThreadPool>, std::string_view>(), arg("pool"),
            arg("isa") = "", "Raises UnsupportedError where this CPU lacks the ISA.")
-      .def_property_readonly("isa", [](const cpu::CpuBackend& b) { return std::string(b.isa()); });
+      .def_property_readonly("isa", [](const cpu::CpuBackend& b) { return std::string(b.isa()); })
+      .def_property_readonly("n_threads", &cpu::CpuBackend::n_threads);
   py::class_<SubsetBackend, Backend, std::shared_ptr<SubsetBackend>>(
       m, "SubsetBackend", "Another backend restricted to some ops, with memory of its own.")
       .def(py::init<std::shared_ptr<Backend>, std::set<std::string>>(), arg("inner"), arg("ops"))

@@ -15,6 +15,8 @@ class CpuBackend final : public Backend {
   CpuBackend(std::shared_ptr<sys::ThreadPool> pool, std::string_view isa = "");
   std::string_view name() const override { return "cpu"; }
   std::string_view isa() const { return kernels_.isa; }
+  const KernelTable& kernels() const { return kernels_; }
+  int n_threads() const { return pool_->n_threads(); }
   bool supports_op(const Node& node) const override;
   bool shares_host_memory() const override { return true; }
   size_t scratch_bytes(const Node& node) const override;

@@ -1,0 +1,142 @@
+"""Weights in memory: mapped from the file, or read where mapping does not serve.
+
+A mapped file is the normal case: nothing is copied, several processes share the pages, and the
+first look at a page brings it in. On network file systems pages come in too slowly one by one, so
+the file is read in parallel instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+
+from mla_backend import _core
+from mla_backend.gguf import GGUFFile, TensorInfo
+
+Progress = Callable[[str, int, int], None]
+
+_PREFETCH_STEP: Final = 64 << 20
+_TABLE_ROLES: Final = ("F16", "BF16")
+
+
+class _Source(Protocol):
+    """A shard's bytes: _core.MappedFile or _core.LoadedFile."""
+
+    def check(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How weights reach memory.
+
+    Attributes:
+        mmap: map the file; False reads it into memory of our own.
+        mlock: keep the pages from being evicted (needs the privilege).
+        prefetch: bring all pages in at load, with progress.
+        threads: for reading in parallel.
+    """
+
+    mmap: bool = True
+    mlock: bool = False
+    prefetch: bool = True
+    threads: int = 4
+
+
+class Weights:
+    """The declared weights of one model, bound to memory.
+
+    Attributes:
+        mapped_bytes: bytes of mapped shards; the kernel may drop and reread them.
+        copied_bytes: anonymous memory: shards that were read, norms converted to float32.
+        mapped: False where the file was read instead.
+    """
+
+    def __init__(
+        self, file: GGUFFile, infos: Mapping[str, TensorInfo], sources: list[_Source], mapped: bool
+    ) -> None:
+        self._sources = sources
+        self._tensors: dict[str, _core.Tensor] = {}
+        self.mapped = mapped
+        shard_bytes = sum(path.stat().st_size for path in file.paths)
+        self.mapped_bytes = shard_bytes if mapped else 0
+        self.copied_bytes = 0 if mapped else shard_bytes
+        for name, info in infos.items():
+            source = sources[info.shard]
+            tensor = _core.Tensor(source, info.format, info.shape, offset_bytes=info.offset)
+            if len(info.shape) == 1 and info.format in _TABLE_ROLES:
+                tensor = self._widen(tensor)
+            self._tensors[name] = tensor
+
+    def _widen(self, tensor: _core.Tensor) -> _core.Tensor:
+        """A norm or bias of 16 bits as float32: their kernels take nothing else."""
+        bits = tensor.view()
+        wide = (
+            bits.astype(np.float32)
+            if tensor.format == "F16"
+            else (bits.astype(np.uint32) << 16).view(np.float32)
+        )
+        self.copied_bytes += wide.nbytes
+        return _core.Tensor(wide, "F32", tensor.shape)
+
+    def __getitem__(self, name: str) -> _core.Tensor:
+        return self._tensors[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def check(self) -> None:
+        """Raise DeviceError if a mapped file shrank or could not be read since the last call."""
+        for source in self._sources:
+            source.check()
+
+
+def load_weights(
+    file: GGUFFile,
+    infos: Mapping[str, TensorInfo],
+    options: LoadOptions,
+    on_progress: Progress | None = None,
+) -> Weights:
+    """Map or read all shards of ``file`` and bind the tensors ``infos``.
+
+    ``on_progress(phase, done, total)`` gets the phase "load" and bytes.
+
+    Raises DeviceError where a file cannot be mapped or read.
+    """
+    mapped = options.mmap and not any(_core.is_network_fs(str(path)) for path in file.paths)
+    total = sum(path.stat().st_size for path in file.paths)
+    report = on_progress or (lambda phase, done, total: None)
+    report("load", 0, total)
+    sources: list[_Source] = []
+    done = 0
+    for path in file.paths:
+        if mapped:
+            source = _core.MappedFile(str(path), mlock=options.mlock)
+            if options.prefetch:
+                _prefetch(source, done, total, report)
+            sources.append(source)
+        else:
+            before = done
+            sources.append(
+                _core.LoadedFile(
+                    str(path), options.threads, lambda n, _: report("load", before + n, total)
+                )
+            )
+        done += path.stat().st_size
+    report("load", total, total)
+    return Weights(file, infos, sources, mapped)
+
+
+def _prefetch(source: _core.MappedFile, before: int, total: int, report: Progress) -> None:
+    for begin in range(0, source.size, _PREFETCH_STEP):
+        n_bytes = min(_PREFETCH_STEP, source.size - begin)
+        source.prefetch(begin, n_bytes)
+        report("load", before + begin + n_bytes, total)
+
+
+def is_stored_on_network(path: Path) -> bool:
+    """Whether ``path`` lies on a network file system, where files are read instead of mapped."""
+    return _core.is_network_fs(str(path))

@@ -1,0 +1,367 @@
+"""Model: a GGUF file ready to generate."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+
+from mla_backend import _core
+from mla_backend.attention_mode import MODES, AttentionMode
+from mla_backend.cache import CACHE_TYPES, LatentCache, cache_bytes
+from mla_backend.chat import ChatTemplate, encode_chat
+from mla_backend.config import ModelConfig, config_from_gguf
+from mla_backend.errors import UsageError
+from mla_backend.generator import Chunk, Completion, GenerationOptions, complete, stream
+from mla_backend.gguf import GGUFFile, TensorInfo, read_gguf
+from mla_backend.loading import LoadOptions, Weights, load_weights
+from mla_backend.memory import (
+    MemoryReport,
+    active_weight_bytes,
+    check_memory,
+    choose_context,
+    oversize_note,
+    report_memory,
+)
+from mla_backend.models.inputs import BatchShape
+from mla_backend.runner import Engine, Logits, Runner
+from mla_backend.sampling import SamplingParams
+from mla_backend.session import Session
+from mla_backend.tokenizer import Tokenizer
+from mla_backend.weights import check as check_weights
+
+Progress = Callable[[str, int, int], None]
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int]
+
+PRECISIONS: Final = ("fast", "exact")
+DEVICES: Final = ("auto", "cpu")
+#: Logits of all positions are computed in chunks whose rows stay below this.
+_LOGITS_BYTES: Final = 256 << 20
+_LEGACY_NOTE: Final = (
+    "the file has the legacy tensor layout (attn_kv_b); it runs as it is. "
+    "`mla-backend upgrade OLD.gguf NEW.gguf` rewrites it once into the split layout"
+)
+_SAMPLING_FIELDS: Final = frozenset(field.name for field in fields(SamplingParams))
+
+
+class Model:
+    """One model in memory.
+
+    Calls from several threads are serialized; sessions made with ``session`` are independent.
+
+    Attributes:
+        config: what the file's metadata says.
+        file: the file's header.
+        tokenizer, template: built from the metadata; text in, token ids out.
+        n_ctx: positions of the model's own context.
+        notes: one-line statements about how it was loaded, meant for the user.
+    """
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        n_ctx: int | None = None,
+        threads: int | None = None,
+        attention: AttentionMode = "auto",
+        cache_type: str = "f16",
+        precision: str = "fast",
+        device: str = "auto",
+        kv_file: str | Path | None = None,
+        mmap: bool = True,
+        mlock: bool = False,
+        isa: str | None = None,
+        n_batch: int = 512,
+        on_progress: Progress | None = None,
+    ) -> Model:
+        """Open a GGUF file; any shard of a split one may be named.
+
+        Args:
+            n_ctx: positions of the context; None is the trained length or what memory allows.
+            threads: None is one per physical core that this process may use.
+            attention: "absorbed", "expanded", or "auto": the cheaper one for each chunk.
+            cache_type: f32, f16, bf16 or q8_0.
+            precision: "fast" rounds activations as the kernels like; "exact" keeps float32.
+            device: "auto" or "cpu".
+            kv_file: back the cache by this file, for contexts larger than memory.
+            mmap: map the weights (files on network file systems are read all the same).
+            mlock: keep mapped weights in memory.
+            isa: CPU instruction set; None is MLA_CPU_ISA or the best this CPU has.
+            n_batch: tokens of a prompt computed at a time.
+            on_progress: called as (phase, done, total): "load" in bytes, "prefill" in tokens.
+
+        Raises:
+            ModelError: the file is damaged, incomplete, or no model this engine runs.
+            MemoryLimitError: cache, workspace and copies exceed the memory available.
+            UnsupportedError: the CPU lacks the ISA. UsageError: an argument has no such value.
+        """
+        _check_choice("attention", attention, MODES)
+        _check_choice("precision", precision, PRECISIONS)
+        _check_choice("device", device, DEVICES)
+        _check_choice("cache_type", cache_type, CACHE_TYPES)
+        for name, value in (("n_ctx", n_ctx), ("threads", threads), ("n_batch", n_batch)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} {value}; accepted is 1 or more")
+        backend = _core.CpuBackend(_core.ThreadPool(threads or 0), isa or "")
+        file = read_gguf(path)
+        config = config_from_gguf(file)
+        infos = check_weights(config, file)
+        options = LoadOptions(mmap=mmap, mlock=mlock, threads=threads or 4)
+        plan = _LoadPlan(file, config, infos, cache_type, n_ctx, kv_file, options)
+        weights = load_weights(file, infos, plan.options, on_progress)
+        engine = Engine(config, weights, _core.Workspace([backend]), precision, attention)
+        return cls(plan, engine, backend, n_batch)
+
+    def __init__(
+        self, plan: _LoadPlan, engine: Engine, backend: _core.CpuBackend, n_batch: int
+    ) -> None:
+        """Use ``load``."""
+        self.config: ModelConfig = plan.config
+        self.file: GGUFFile = plan.file
+        self.tokenizer = Tokenizer.from_metadata(plan.file.metadata)
+        self.template = ChatTemplate.from_metadata(
+            plan.file.metadata,
+            bos_token=self.tokenizer.bos_token,
+            eos_token=self.tokenizer.eos_token,
+        )
+        self.n_ctx = plan.n_ctx
+        self.notes: list[str] = plan.notes
+        self._cache_type = plan.cache_type
+        self._kv_file = plan.kv_file
+        self._engine = engine
+        self._backend = backend
+        self._n_batch = min(n_batch, plan.n_ctx)
+        self._fingerprint = _fingerprint(plan.file, plan.infos, engine.weights)
+        self._calls = _CallLock()
+        cache = self._new_cache(self.n_ctx, plan.kv_file)
+        runner = Runner(engine, cache)
+        runner.prepare(BatchShape(self._n_batch, 1, 1))
+        runner.prepare(BatchShape(1, 1, 1))
+        check_memory(self.memory, cache_in_file=plan.kv_file is not None)
+        self._runner, self._cache = runner, cache
+        self._session = self._new_session(runner, cache)
+
+    @property
+    def memory(self) -> MemoryReport:
+        """Bytes of weights, of the model's own cache, and of the workspace."""
+        return report_memory(
+            self.config,
+            self._cache_type,
+            self.n_ctx,
+            mapped_bytes=self._engine.weights.mapped_bytes,
+            copied_bytes=self._engine.weights.copied_bytes,
+            workspace_bytes=self._engine.workspace.n_bytes,
+        )
+
+    @property
+    def isa(self) -> str:
+        """The CPU instruction set in use."""
+        return self._backend.isa
+
+    @property
+    def n_threads(self) -> int:
+        """Threads computing, the caller's included."""
+        return self._backend.n_threads
+
+    # ---- text -----------------------------------------------------------------------------------
+
+    def generate(self, prompt: Prompt, **options: Any) -> Completion:
+        """Continue a prompt.
+
+        Args:
+            prompt: text (BOS is added where the file says so) or token ids, taken as they are.
+            options: fields of GenerationOptions (max_tokens, logits_processors, cancel,
+                on_progress, sampling) and of SamplingParams (temperature, top_k, seed, stop,
+                logprobs, ...), which override those of ``sampling``.
+
+        Raises:
+            ContextError: the prompt is longer than the context; nothing was computed.
+            UsageError: an empty prompt, or an option out of range.
+        """
+        return complete(self.stream(prompt, **options))
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
+        """Like ``generate``, chunk by chunk. The model is busy until the stream ends or is closed.
+
+        A prefix that the last call computed is not computed again.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self._stream(ids, _options(options))
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Completion:
+        """Answer a conversation, laid out by the file's template.
+
+        ``template_options`` (a mapping) reaches the template; all else is as in ``generate``.
+        """
+        return complete(self.stream_chat(messages, **options))
+
+    def stream_chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Chunk]:
+        """Like ``chat``, chunk by chunk. Raises TemplateError where the template refuses."""
+        extra = options.pop("template_options", {})
+        ids = encode_chat(self.tokenizer, self.template.render(messages, **extra))
+        return self._stream(ids, _options(options))
+
+    def _stream(self, ids: Sequence[int], options: GenerationOptions) -> Iterator[Chunk]:
+        with self._calls:
+            yield from stream(self._session, self.tokenizer, ids, options)
+
+    # ---- tokens ---------------------------------------------------------------------------------
+
+    def logits(
+        self,
+        token_ids: Sequence[int],
+        *,
+        cancel: _core.CancelToken | None = None,
+        on_progress: Progress | None = None,
+    ) -> Logits:
+        """Logits after every token, in a fresh context: float32 [T, vocab].
+
+        Raises ContextError, ShapeError (no tokens, unknown ids), CancelledError.
+        """
+        ids = [int(i) for i in token_ids]
+        n_batch = max(1, min(self._n_batch, _LOGITS_BYTES // (4 * self.config.n_vocab)))
+        with self._calls:
+            self._session.truncate(0)
+            session = self._new_session(self._runner, self._cache, n_batch)
+            try:
+                return session.feed(ids, outputs=len(ids), cancel=cancel, on_progress=on_progress)
+            finally:
+                session.close()
+
+    def session(self, n_ctx: int | None = None) -> Session:
+        """A session with a cache of its own, of the model's context length unless told otherwise.
+
+        Raises MemoryLimitError where another cache does not fit.
+        """
+        n_ctx = self.n_ctx if n_ctx is None else n_ctx
+        extra = cache_bytes(self.config, self._cache_type, n_ctx)
+        check_memory(replace(self.memory, cache_bytes=extra), cache_in_file=False)
+        cache = self._new_cache(n_ctx, None)
+        return self._new_session(Runner(self._engine, cache), cache)
+
+    def _new_cache(self, n_ctx: int, kv_file: Path | None) -> LatentCache:
+        return LatentCache(
+            self.config, n_ctx, self._cache_type, backend=self._backend, kv_file=kv_file
+        )
+
+    def _new_session(
+        self, runner: Runner, cache: LatentCache, n_batch: int | None = None
+    ) -> Session:
+        return Session(
+            runner, cache, self._fingerprint, self.config.n_vocab, n_batch or self._n_batch
+        )
+
+    # ---- life -----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Let go of cache and weights; the model must not be used again."""
+        with self._calls:
+            self.__dict__.clear()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _LoadPlan:
+    """What loading is going to take, decided before it begins."""
+
+    def __init__(
+        self,
+        file: GGUFFile,
+        config: ModelConfig,
+        infos: dict[str, TensorInfo],
+        cache_type: str,
+        n_ctx: int | None,
+        kv_file: str | Path | None,
+        options: LoadOptions,
+    ) -> None:
+        self.file = file
+        self.config = config
+        self.infos = infos
+        self.cache_type = cache_type
+        self.kv_file = Path(kv_file) if kv_file is not None else None
+        sizes = {name: info.n_bytes for name, info in infos.items()}
+        weights_bytes = sum(path.stat().st_size for path in file.paths)
+        in_file = kv_file is not None
+        choice = choose_context(config, n_ctx, cache_type, weights_bytes, cache_in_file=in_file)
+        self.n_ctx = choice.n_ctx
+        oversize = oversize_note(weights_bytes, active_weight_bytes(config, sizes))
+        legacy = _LEGACY_NOTE if config.layout == "legacy" else None
+        self.notes = [note for note in (choice.note, oversize, legacy) if note is not None]
+        self.options = replace(options, prefetch=oversize is None)
+        check_memory(
+            report_memory(
+                config,
+                cache_type,
+                self.n_ctx,
+                mapped_bytes=weights_bytes,
+                copied_bytes=0 if options.mmap else weights_bytes,
+                workspace_bytes=0,
+            ),
+            cache_in_file=in_file,
+        )
+
+
+class _CallLock:
+    """One call at a time; a second from the same thread is an error, not a deadlock."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def __enter__(self) -> None:
+        if self._owner == threading.get_ident():
+            raise UsageError(
+                "a stream of this model is still open in this thread: finish it, close it, "
+                "or use model.session() for a second one"
+            )
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._owner = None
+        self._lock.release()
+
+
+def _options(given: dict[str, Any]) -> GenerationOptions:
+    """Split keyword options into those of the loop and those of the sampler."""
+    sampling = given.pop("sampling", None) or SamplingParams()
+    overrides = {name: given.pop(name) for name in list(given) if name in _SAMPLING_FIELDS}
+    known = {field.name for field in fields(GenerationOptions)} - {"sampling"}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        accepted = ", ".join(sorted(known | _SAMPLING_FIELDS | {"sampling"}))
+        raise UsageError(f"unknown option {', '.join(unknown)}; accepted are {accepted}")
+    return GenerationOptions(sampling=replace(sampling, **overrides), **given)
+
+
+def _check_choice(name: str, value: str, accepted: Sequence[str]) -> None:
+    if value not in accepted:
+        raise UsageError(f"{name} {value!r}; accepted are {', '.join(accepted)}")
+
+
+def _fingerprint(file: GGUFFile, infos: Mapping[str, TensorInfo], weights: Weights) -> str:
+    """Identifies the weights: names, shapes, formats, and a few bytes of every tensor."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, info in infos.items():
+        digest.update(f"{name} {info.format} {info.shape};".encode())
+        first = weights[name].view().reshape(-1)[:64]
+        digest.update(np.ascontiguousarray(first).tobytes())
+    digest.update(str(file.metadata.get("general.architecture")).encode())
+    return digest.hexdigest()

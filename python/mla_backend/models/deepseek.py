@@ -1,0 +1,63 @@
+"""The graph of a DeepSeek V2 or V3 model, and of all that share the architecture."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mla_backend import _core
+from mla_backend.config import ModelConfig
+
+from .inputs import BatchShape, CacheLayout, LayerContext, Leaves, WeightSource
+from .mla import attention
+from .moe import feed_forward
+from .rope import rope_frequencies
+
+SPAN_FIELDS = 6  # sequence, first token, tokens, first cell, cells, expanded: csrc/graph/ops.h
+
+
+def build_graph(
+    config: ModelConfig,
+    weights: WeightSource,
+    cache: CacheLayout,
+    shape: BatchShape,
+    precision: str,
+) -> _core.Graph:
+    """One pass of ``shape.n_tokens`` tokens through the model.
+
+    Inputs by name: ids, positions, cells I32 [T]; spans I32 [S, 6]; block_table I32 [sequences,
+    blocks]; rows I32 [n_outputs] if there are any. Output 0: logits F32 [n_outputs, vocab], or,
+    without outputs, the hidden states F32 [T, D].
+    """
+    g = _core.Graph()
+    leaves = _leaves(g, config, cache, shape)
+    embedding = g.weight("token_embd.weight", weights["token_embd.weight"])
+    x = g.get_rows(embedding, leaves.ids)  # [T, D]
+    for layer in range(config.n_layer):
+        ctx = LayerContext(g, config, weights, leaves, cache, precision, layer)
+        x = attention(ctx, ctx.norm(x, "attn_norm.weight", config.rms_eps), x)
+        x = feed_forward(ctx, ctx.norm(x, "ffn_norm.weight", config.rms_eps), x)
+    if leaves.rows is not None:
+        x = g.get_rows(x, leaves.rows)  # [n_outputs, D]
+        norm = g.weight("output_norm.weight", weights["output_norm.weight"])
+        name = "token_embd.weight" if config.tied_embeddings else "output.weight"
+        output = embedding if config.tied_embeddings else g.weight(name, weights[name])
+        x = g.matmul(g.rms_norm(x, norm, config.rms_eps), output, precision=precision)
+    g.output(x)
+    return g
+
+
+def _leaves(g: _core.Graph, config: ModelConfig, cache: CacheLayout, shape: BatchShape) -> Leaves:
+    t = shape.n_tokens
+    frequencies = rope_frequencies(config)
+    return Leaves(
+        ids=g.input("ids", "I32", [t]),
+        positions=g.input("positions", "I32", [t]),
+        cells=g.input("cells", "I32", [t]),
+        spans=g.input("spans", "I32", [shape.n_spans, SPAN_FIELDS]),
+        block_table=g.input("block_table", "I32", [cache.max_sequences, cache.n_blocks]),
+        rows=g.input("rows", "I32", [shape.n_outputs]) if shape.n_outputs else None,
+        frequencies=g.weight(
+            "rope_frequencies",
+            _core.Tensor(np.ascontiguousarray(frequencies), "F32", [len(frequencies)]),
+        ),
+    )

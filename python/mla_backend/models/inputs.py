@@ -1,0 +1,90 @@
+"""What every graph of a model is given: the leaves of the graph, and the layers' weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from mla_backend import _core
+from mla_backend.config import ModelConfig
+
+
+class WeightSource(Protocol):
+    """Bound weights by their declared names."""
+
+    def __getitem__(self, name: str) -> _core.Tensor: ...
+
+    def __contains__(self, name: str) -> bool: ...
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The extents that a graph is built for; all else is input.
+
+    Attributes:
+        n_tokens: new tokens, T.
+        n_outputs: rows of logits.
+        n_spans: rows of the span list, at most T sequences.
+    """
+
+    n_tokens: int
+    n_outputs: int
+    n_spans: int
+
+
+@dataclass(frozen=True)
+class CachePlanes:
+    """One layer of the cache: latents [cells, C] and roped keys [cells, R]."""
+
+    latent: _core.Tensor
+    rope: _core.Tensor
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """The cache as a graph sees it."""
+
+    layers: tuple[CachePlanes, ...]
+    block_cells: int
+    max_sequences: int
+    n_blocks: int
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """Input nodes of one graph."""
+
+    ids: _core.Node  # I32 [T]
+    positions: _core.Node  # I32 [T]
+    cells: _core.Node  # I32 [T]: where each token's latent goes
+    spans: _core.Node  # I32 [S, 6]: see csrc/graph/ops.h
+    block_table: _core.Node  # I32 [sequences, blocks]
+    rows: _core.Node | None  # I32 [n_outputs]: tokens whose logits are wanted
+    frequencies: _core.Node  # F32 [R / 2]
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What a layer needs to add itself to a graph."""
+
+    graph: _core.Graph
+    config: ModelConfig
+    weights: WeightSource
+    leaves: Leaves
+    cache: CacheLayout
+    precision: str
+    layer: int
+
+    def has(self, name: str) -> bool:
+        return f"blk.{self.layer}.{name}" in self.weights
+
+    def weight(self, name: str) -> _core.Node:
+        full = f"blk.{self.layer}.{name}"
+        return self.graph.weight(full, self.weights[full])
+
+    def linear(self, x: _core.Node, name: str, residual: _core.Node | None = None) -> _core.Node:
+        """x [.., K] times the weight ``name`` [N, K] -> [.., N], plus ``residual``."""
+        return self.graph.matmul(x, self.weight(name), residual, self.precision)
+
+    def norm(self, x: _core.Node, name: str, eps: float) -> _core.Node:
+        return self.graph.rms_norm(x, self.weight(name), eps)

@@ -1,0 +1,55 @@
+"""Feed-forward of one layer: dense, or routed and shared experts (DeepSeekMoE, arXiv 2401.06066)."""
+
+from __future__ import annotations
+
+from mla_backend import _core
+from mla_backend.config import MoeConfig
+
+from .inputs import LayerContext
+
+
+def feed_forward(ctx: LayerContext, x: _core.Node, residual: _core.Node) -> _core.Node:
+    """x [T, D] (normed) -> residual + ffn(x) [T, D]."""
+    moe = ctx.config.moe
+    if moe is None or ctx.layer < ctx.config.n_layer_dense:
+        return _dense(ctx, "", x, residual)
+    if moe.n_expert_shared:
+        residual = _dense(ctx, "_shexp", x, residual)
+    return _routed(ctx, moe, x, residual)
+
+
+def _dense(ctx: LayerContext, suffix: str, x: _core.Node, residual: _core.Node) -> _core.Node:
+    hidden = ctx.graph.swiglu_matmul(
+        x,
+        ctx.weight(f"ffn_gate{suffix}.weight"),
+        ctx.weight(f"ffn_up{suffix}.weight"),
+        precision=ctx.precision,
+    )
+    return ctx.linear(hidden, f"ffn_down{suffix}.weight", residual)
+
+
+def _routed(ctx: LayerContext, moe: MoeConfig, x: _core.Node, residual: _core.Node) -> _core.Node:
+    g = ctx.graph
+    # The choice of experts is a cliff: its products are never rounded, whatever the precision.
+    logits = g.matmul(x, ctx.weight("ffn_gate_inp.weight"), precision="exact")
+    ids, weights = g.route(
+        logits,
+        ctx.weight("exp_probs_b.bias") if moe.has_bias else None,
+        n_used=moe.n_expert_used,
+        gating=moe.gating,
+        n_groups=moe.n_group,
+        n_groups_used=moe.n_group_used,
+        group_score=moe.group_score,
+        normalize=moe.weights_norm,
+        scale=moe.weights_scale,
+    )
+    hidden = g.swiglu_matmul(
+        x,
+        ctx.weight("ffn_gate_exps.weight"),
+        ctx.weight("ffn_up_exps.weight"),
+        ids,
+        ctx.precision,
+    )  # [T, A, F]
+    return g.matmul_indexed(
+        hidden, ctx.weight("ffn_down_exps.weight"), ids, weights, residual, ctx.precision
+    )

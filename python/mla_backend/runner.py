@@ -1,0 +1,141 @@
+"""Runs batches through a model: one planned graph per batch shape, kept and re-run."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from mla_backend import _core
+from mla_backend.attention_mode import AttentionMode, expands
+from mla_backend.cache import CacheSequence, LatentCache
+from mla_backend.config import ModelConfig
+from mla_backend.errors import ShapeError
+from mla_backend.loading import Weights
+from mla_backend.models.deepseek import SPAN_FIELDS, build_graph
+from mla_backend.models.inputs import BatchShape
+
+#: Graphs kept at a time. Decoding and full chunks take two; the rest are ends of prompts.
+_MAX_GRAPHS: Final = 16
+
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New tokens of one sequence.
+
+    Attributes:
+        outputs: how many of the last tokens' logits are wanted.
+    """
+
+    sequence: CacheSequence
+    ids: Sequence[int]
+    outputs: int = 1
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What the runners of one model share.
+
+    Attributes:
+        workspace: arenas and scratch; one run at a time, which ``lock`` sees to.
+    """
+
+    config: ModelConfig
+    weights: Weights
+    workspace: _core.Workspace
+    precision: str
+    attention: AttentionMode
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Runner:
+    """Computes logits for pieces of the sequences of one cache."""
+
+    def __init__(self, engine: Engine, cache: LatentCache) -> None:
+        self._engine = engine
+        self._cache = cache
+        self._executors: OrderedDict[BatchShape, _core.Executor] = OrderedDict()
+
+    def run(self, pieces: Sequence[Piece], cancel: _core.CancelToken | None = None) -> Logits:
+        """One pass over all pieces, which may stand at different positions.
+
+        Returns float32 [sum of outputs, vocab] in the order of the pieces. Raises ContextError
+        before computing where the cache has no room, CancelledError; then no sequence has changed.
+        """
+        shape = self._shape(pieces)
+        with self._engine.lock:
+            inputs = self._inputs(pieces, shape)
+            executor = self._executor(shape)
+            executor.run(inputs, cancel)
+            self._engine.weights.check()
+            for piece in pieces:
+                self._cache.commit(piece.sequence, len(piece.ids))
+            if not shape.n_outputs:
+                return np.empty((0, self._engine.config.n_vocab), np.float32)
+            return executor.output(0).copy()  # the arena is the next run's
+
+    def prepare(self, shape: BatchShape) -> None:
+        """Plan a shape ahead, so that its memory is taken before anything is computed."""
+        self._executor(shape)
+
+    def report(self, shape: BatchShape) -> dict[str, object]:
+        """The plan of a shape: arena and scratch bytes, steps by backend."""
+        return self._executor(shape).report()
+
+    def _shape(self, pieces: Sequence[Piece]) -> BatchShape:
+        if len({piece.sequence.row for piece in pieces}) != len(pieces):
+            raise ShapeError("a batch holds one piece of a sequence at most")
+        if not all(0 <= piece.outputs <= len(piece.ids) for piece in pieces):
+            raise ShapeError("a piece gives at most one row of logits for each of its tokens")
+        return BatchShape(
+            n_tokens=sum(len(piece.ids) for piece in pieces),
+            n_outputs=sum(piece.outputs for piece in pieces),
+            n_spans=len(pieces),
+        )
+
+    def _inputs(
+        self, pieces: Sequence[Piece], shape: BatchShape
+    ) -> dict[str, npt.NDArray[np.int32]]:
+        ids, positions, cells, rows = (np.empty(0, np.int32) for _ in range(4))
+        spans = np.zeros((shape.n_spans, SPAN_FIELDS), np.int32)
+        first = 0
+        for index, piece in enumerate(pieces):
+            sequence, n = piece.sequence, len(piece.ids)
+            new_cells = self._cache.reserve(sequence, n)
+            seen = sequence.n_cells + n
+            expanded = expands(self._engine.config, self._engine.attention, n, seen)
+            spans[index] = (sequence.row, first, n, sequence.first_cell, seen, expanded)
+            ids = np.append(ids, np.asarray(piece.ids, np.int32))
+            positions = np.append(positions, sequence.next_position + np.arange(n, dtype=np.int32))
+            cells = np.append(cells, new_cells)
+            rows = np.append(rows, np.arange(first + n - piece.outputs, first + n, dtype=np.int32))
+            first += n
+        inputs = {
+            "ids": ids,
+            "positions": positions.astype(np.int32),
+            "cells": cells,
+            "spans": spans,
+            "block_table": self._cache.block_table,
+        }
+        return inputs | ({"rows": rows.astype(np.int32)} if shape.n_outputs else {})
+
+    def _executor(self, shape: BatchShape) -> _core.Executor:
+        found = self._executors.get(shape)
+        if found is None:
+            engine = self._engine
+            graph = build_graph(
+                engine.config, engine.weights, self._cache.layout, shape, engine.precision
+            )
+            found = _core.Executor(graph, engine.workspace)
+            if len(self._executors) >= _MAX_GRAPHS:
+                self._executors.popitem(last=False)
+            self._executors[shape] = found
+        self._executors.move_to_end(shape)
+        return found

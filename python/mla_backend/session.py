@@ -1,0 +1,180 @@
+"""A session: one sequence in a latent cache, with the tokens that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mla_backend import _core
+from mla_backend.cache import LatentCache
+from mla_backend.errors import ContextError, SessionError, ShapeError
+from mla_backend.runner import Logits, Piece, Runner
+from mla_backend.session_file import SavedSession, read_session, write_session
+
+Progress = Callable[[str, int, int], None]
+
+
+class Session:
+    """Tokens in, logits out; the past stays in the cache.
+
+    Sessions are independent of each other; those made by ``fork`` share the cache's room. Not to be
+    used from two threads at once.
+
+    Attributes:
+        tokens: ids of all positions held, oldest first.
+        sampler_state: of the last sampler used, saved along.
+    """
+
+    def __init__(
+        self, runner: Runner, cache: LatentCache, fingerprint: str, n_vocab: int, n_batch: int
+    ) -> None:
+        self._runner = runner
+        self._cache = cache
+        self._fingerprint = fingerprint
+        self._n_vocab = n_vocab
+        self._n_batch = n_batch
+        self._sequence = cache.add()
+        self.tokens: list[int] = []
+        self.sampler_state: dict[str, Any] | None = None
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions the cache was made for."""
+        return self._cache.n_ctx
+
+    @property
+    def position(self) -> int:
+        """Position of the next token."""
+        return self._sequence.next_position
+
+    @property
+    def n_free(self) -> int:
+        """Positions this session may still add."""
+        return self.n_ctx - len(self.tokens)
+
+    def feed(
+        self,
+        ids: Sequence[int],
+        *,
+        outputs: int = 1,
+        cancel: _core.CancelToken | None = None,
+        on_progress: Progress | None = None,
+    ) -> Logits:
+        """Append tokens, chunk by chunk.
+
+        Args:
+            ids: at least one token.
+            outputs: how many of the last tokens' logits to return.
+            cancel: honoured between the nodes of the graph; finished chunks stay.
+            on_progress: called as ("prefill", tokens done, tokens in all).
+
+        Returns:
+            float32 [outputs, vocab].
+
+        Raises:
+            ContextError: before computing, if the tokens do not fit.
+            ShapeError: no tokens, or an id outside the vocabulary.
+            CancelledError: with the finished chunks in the cache.
+        """
+        self._check(ids, outputs)
+        rows: list[Logits] = []
+        total = len(ids)
+        for begin in range(0, total, self._n_batch):
+            chunk = list(ids[begin : begin + self._n_batch])
+            wanted = max(0, min(len(chunk), begin + len(chunk) - (total - outputs)))
+            rows.append(self._runner.run([Piece(self._sequence, chunk, wanted)], cancel))
+            self.tokens += chunk
+            if on_progress is not None:
+                on_progress("prefill", begin + len(chunk), total)
+        return np.concatenate(rows) if len(rows) > 1 else rows[0]
+
+    def _check(self, ids: Sequence[int], outputs: int) -> None:
+        if not 0 <= outputs <= len(ids) or not ids:
+            raise ShapeError(
+                f"{len(ids)} tokens and {outputs} rows of logits; give 1 token or more"
+            )
+        if len(ids) > self.n_free:
+            raise ContextError(
+                f"{len(ids)} tokens after {len(self.tokens)} exceed the context of {self.n_ctx}"
+            )
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= self._n_vocab:
+            bad = low if low < 0 else high
+            raise ShapeError(f"token id {bad}; accepted are 0 to {self._n_vocab - 1}")
+
+    def reuse(self, ids: Sequence[int]) -> int:
+        """Go back to the longest prefix shared with ``ids``, one short of all of it.
+
+        Returns how many of ``ids`` need not be fed again.
+        """
+        limit = min(len(ids) - 1, len(self.tokens))
+        shared = 0
+        while shared < limit and self.tokens[shared] == ids[shared]:
+            shared += 1
+        self.truncate(shared)
+        return shared
+
+    def truncate(self, n_tokens: int) -> None:
+        """Forget all but the first ``n_tokens``."""
+        self._cache.truncate(self._sequence, n_tokens)
+        del self.tokens[n_tokens:]
+
+    def drop(self, begin: int, end: int) -> None:
+        """Forget tokens [begin, end); later ones move up. See ``LatentCache.drop``."""
+        self._cache.drop(self._sequence, begin, end)
+        del self.tokens[begin:end]
+
+    def fork(self) -> Session:
+        """A second session with the same past, in the same cache."""
+        twin = object.__new__(Session)
+        twin.__dict__.update(self.__dict__)
+        twin._sequence = self._cache.fork(self._sequence)
+        twin.tokens = list(self.tokens)
+        return twin
+
+    def close(self) -> None:
+        """Give the cells back to the cache; the session must not be used again."""
+        self._cache.remove(self._sequence)
+        self.tokens = []
+
+    def save(self, path: str | Path) -> None:
+        """Write latents, positions, tokens and sampler state; replaces ``path`` when complete."""
+        state = SavedSession(
+            fingerprint=self._fingerprint,
+            cache_type=self._cache.cache_type,
+            first_position=self._sequence.first_position,
+            tokens=self.tokens,
+            sampler_state=self.sampler_state,
+        )
+        write_session(Path(path), state, self._cache.read(self._sequence))
+
+    def load(self, path: str | Path) -> None:
+        """Replace the session by a saved one.
+
+        Raises SessionError where the file is damaged, or made by another model or cache type, and
+        ContextError where it does not fit; the session is then as before.
+        """
+        state, cells = read_session(Path(path))
+        for what, ours, theirs in (
+            ("model", self._fingerprint, state.fingerprint),
+            ("cache type", self._cache.cache_type, state.cache_type),
+        ):
+            if ours != theirs:
+                raise SessionError(f"{path}: saved with {what} {theirs}; this one is {ours}")
+        if cells.size != len(state.tokens) * self._cache.bytes_per_position:
+            raise SessionError(
+                f"{path}: {cells.size} bytes of cells for {len(state.tokens)} positions of "
+                f"{self._cache.bytes_per_position}"
+            )
+        if len(state.tokens) > self.n_ctx:
+            raise ContextError(
+                f"{path}: {len(state.tokens)} positions exceed the context of {self.n_ctx}"
+            )
+        self.truncate(0)
+        self._sequence.first_position = state.first_position
+        self._cache.write(self._sequence, cells)
+        self.tokens = list(state.tokens)
+        self.sampler_state = state.sampler_state
