@@ -73,6 +73,7 @@ inline void row_q8(const MatmulTile& t, int64_t n, int first) {
   const int64_t n_full = t.k / block::kSuper;
   const PackedSuper* x[n_x];
   F32 acc[n_x];
+#pragma GCC unroll 8
   for (int i = 0; i < n_x; ++i) {
     x[i] = reinterpret_cast<const PackedSuper*>(t.x[first + i]);
     acc[i] = zero();
@@ -86,8 +87,10 @@ inline void row_q8(const MatmulTile& t, int64_t n, int first) {
   }
   if (t.k % block::kSuper != 0) {
     unpack_tail(b, t.k % block::kSuper, w);
+#pragma GCC unroll 8
     for (int i = 0; i < n_x; ++i) acc[i] = dot_super<B>(w, x[i][n_full], acc[i]);
   }
+#pragma GCC unroll 8
   for (int i = 0; i < n_x; ++i) finish(t, first + i, n, acc[i]);
 }
 
@@ -102,24 +105,29 @@ inline void row_f32(const MatmulTile& t, int64_t n, int first) {
   alignas(64) float buffer[kChunk];
   const std::byte* row = t.w + n * t.w_row_bytes;
   F32 even[n_x], odd[n_x];
+#pragma GCC unroll 8
   for (int i = 0; i < n_x; ++i) even[i] = odd[i] = zero();
   for (int64_t begin = 0; begin < t.k; begin += kChunk) {
     const int64_t size = smaller(kChunk, t.k - begin);
     const float* w = Decode<format>::chunk(row, begin, size, buffer);
     const float* x[n_x];
+#pragma GCC unroll 8
     for (int i = 0; i < n_x; ++i) x[i] = reinterpret_cast<const float*>(t.x[first + i]) + begin;
     int64_t j = 0;
     for (; j + 2 * kLanes <= size; j += 2 * kLanes) {
       const F32 w0 = load(w + j), w1 = load(w + j + kLanes);
+#pragma GCC unroll 8
       for (int i = 0; i < n_x; ++i) {
         even[i] = w0 * load(x[i] + j) + even[i];
         odd[i] = w1 * load(x[i] + j + kLanes) + odd[i];
       }
     }
     for (; j < size; j += kLanes) {
+#pragma GCC unroll 8
       for (int i = 0; i < n_x; ++i) even[i] = load(w + j) * load(x[i] + j) + even[i];
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < n_x; ++i) finish(t, first + i, n, even[i] + odd[i]);
 }
 
@@ -136,6 +144,7 @@ inline void row_bf16(const MatmulTile& t, int64_t n, int first) {
   const uint16_t* w = reinterpret_cast<const uint16_t*>(t.w + n * t.w_row_bytes);
   const uint16_t* x[n_x];
   F32 even[n_x], odd[n_x];
+#pragma GCC unroll 8
   for (int i = 0; i < n_x; ++i) {
     x[i] = reinterpret_cast<const uint16_t*>(t.x[first + i]);
     even[i] = odd[i] = zero();
@@ -143,6 +152,7 @@ inline void row_bf16(const MatmulTile& t, int64_t n, int first) {
   constexpr int64_t kStep = 2 * kLanes;
   int64_t j = 0;
   for (; j + 2 * kStep <= t.k; j += 2 * kStep) {
+#pragma GCC unroll 8
     for (int i = 0; i < n_x; ++i) {
       even[i] = dot_bf16(even[i], w + j, x[i] + j);
       odd[i] = dot_bf16(odd[i], w + j + kStep, x[i] + j + kStep);
@@ -151,8 +161,10 @@ inline void row_bf16(const MatmulTile& t, int64_t n, int first) {
   for (; j < t.k; j += kStep) {
     uint16_t padded[kStep] = {};
     std::memcpy(padded, w + j, static_cast<size_t>(smaller(kStep, t.k - j)) * sizeof(uint16_t));
+#pragma GCC unroll 8
     for (int i = 0; i < n_x; ++i) even[i] = dot_bf16(even[i], padded, x[i] + j);
   }
+#pragma GCC unroll 8
   for (int i = 0; i < n_x; ++i) finish(t, first + i, n, even[i] + odd[i]);
 }
 
@@ -182,6 +194,7 @@ inline void columns(const MatmulTile& t, int64_t begin, int64_t size, int first)
       const bool inside = k + r < t.k;
       w[r] = inside ? Decode<format>::chunk(t.w + (k + r) * t.w_row_bytes, begin, size, buffer[r])
                     : kNothing;
+#pragma GCC unroll 8
       for (int i = 0; i < n_x; ++i) {
         x[i][r] = inside ? reinterpret_cast<const float*>(t.x[first + i])[k + r] : 0.0f;
       }
@@ -189,6 +202,7 @@ inline void columns(const MatmulTile& t, int64_t begin, int64_t size, int first)
     for (int64_t j = 0; j < width; j += kLanes) {
       F32 row[kRowsAcross];
       for (int r = 0; r < kRowsAcross; ++r) row[r] = load(w[r] + j);
+#pragma GCC unroll 8
       for (int i = 0; i < n_x; ++i) {
         F32 sum = load(sums[i] + j);
         for (int r = 0; r < kRowsAcross; ++r) sum = row[r] * set1(x[i][r]) + sum;
@@ -196,6 +210,7 @@ inline void columns(const MatmulTile& t, int64_t begin, int64_t size, int first)
       }
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < n_x; ++i) {
     float* y = t.y[first + i] + begin;
     for (int64_t j = 0; j < size; ++j) y[j] = t.accumulate ? y[j] + sums[i][j] : sums[i][j];
