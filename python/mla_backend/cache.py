@@ -230,7 +230,8 @@ class LatentCache:
             source = self.cells(sequence, end, moved)
             target = self.cells(sequence, begin, moved)
             for planes in self.layout.layers:
-                _core.copy_cells(planes.latent, planes.rope, source, target)
+                _core.copy_cells(planes.latent, source, target)
+                _core.copy_cells(planes.rope, source, target)
                 _core.rotate_rope(
                     self._backend, planes.rope, target, self._frequencies, begin - end
                 )
