@@ -1,0 +1,1 @@
+"""Float64 NumPy versions of the operations, written from their formulas alone."""
