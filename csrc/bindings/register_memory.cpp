@@ -49,7 +49,7 @@ void register_files(py::module_& m) {
       .def("check", &sys::MappedFile::check,
            "Raises DeviceError if the file shrank or could not be read.")
       .def("prefetch", &sys::MappedFile::prefetch, py::arg("offset"), py::arg("n_bytes"),
-           "Asks the system to read these bytes ahead and returns at once.");
+           py::call_guard<py::gil_scoped_release>(), "Brings these bytes into memory.");
   py::class_<sys::LoadedFile>(m, "LoadedFile", py::buffer_protocol(),
                               "A file read into memory by several threads; a read-only buffer of "
                               "uint8 [size].")

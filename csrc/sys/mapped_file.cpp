@@ -166,7 +166,14 @@ void MappedFile::prefetch(int64_t offset, int64_t n_bytes) const {
   if (n_bytes == 0) return;
   const auto page_bytes = static_cast<int64_t>(g_page_bytes.load(std::memory_order_relaxed));
   const int64_t begin = offset / page_bytes * page_bytes;
-  madvise(data_ + begin, static_cast<size_t>(offset + n_bytes - begin), MADV_WILLNEED);
+  const auto length = static_cast<size_t>(offset + n_bytes - begin);
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22  // Linux 5.14
+#endif
+  // An older kernel or a page that cannot be read leaves it to the first touch.
+  if (madvise(data_ + begin, length, MADV_POPULATE_READ) != 0) {
+    madvise(data_ + begin, length, MADV_WILLNEED);
+  }
 }
 
 }  // namespace mla::sys

@@ -30,7 +30,8 @@ class MappedFile {
 
   // Throws DeviceError if anything read from the mapping may not be what the file held.
   void check() const;
-  // Asks the system to read these bytes ahead; returns at once. Throws ShapeError outside the file.
+  // Brings these bytes in and maps them; Linux before 5.14 only starts to read them. Throws
+  // ShapeError outside the file.
   void prefetch(int64_t offset, int64_t n_bytes) const;
 
  private:
