@@ -44,7 +44,8 @@ PRECISIONS: Final = ("fast", "exact")
 DEVICES: Final = ("auto", "cpu")
 #: Logits of all positions are computed in chunks whose rows stay below this.
 _LOGITS_BYTES: Final = 256 << 20
-_LEGACY_NOTE: Final = (
+#: How to get a file into the split layout.
+LEGACY_NOTE: Final = (
     "the file has the legacy tensor layout (attn_kv_b); it runs as it is. "
     "`mla-backend upgrade OLD.gguf NEW.gguf` rewrites it once into the split layout"
 )
@@ -247,6 +248,19 @@ class Model:
         cache = self._new_cache(n_ctx, None)
         return self._new_session(Runner(self._engine, cache), cache)
 
+    def save_session(self, path: str | Path) -> None:
+        """Save what the last call left in the model's own context; see ``Session.save``."""
+        with self._calls:
+            self._session.save(path)
+
+    def load_session(self, path: str | Path) -> None:
+        """Restore it, so that a prompt that begins alike is not computed again.
+
+        Raises SessionError or ContextError as ``Session.load`` does.
+        """
+        with self._calls:
+            self._session.load(path)
+
     def _new_cache(self, n_ctx: int, kv_file: Path | None) -> LatentCache:
         return LatentCache(
             self.config, n_ctx, self._cache_type, backend=self._backend, kv_file=kv_file
@@ -302,7 +316,7 @@ class _LoadPlan:
         choice = choose_context(config, n_ctx, cache_type, weights_bytes, cache_in_file=in_file)
         self.n_ctx = choice.n_ctx
         oversize = oversize_note(weights_bytes, active_weight_bytes(config, sizes))
-        legacy = _LEGACY_NOTE if config.layout == "legacy" else None
+        legacy = LEGACY_NOTE if config.layout == "legacy" else None
         self.notes = [note for note in (choice.note, oversize, legacy) if note is not None]
         self.options = replace(options, prefetch=oversize is None)
         check_memory(
