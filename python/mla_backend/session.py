@@ -82,6 +82,8 @@ class Session:
         self._check(ids, outputs)
         rows: list[Logits] = []
         total = len(ids)
+        if on_progress is not None:
+            on_progress("prefill", 0, total)
         for begin in range(0, total, self._n_batch):
             chunk = list(ids[begin : begin + self._n_batch])
             wanted = max(0, min(len(chunk), begin + len(chunk) - (total - outputs)))
