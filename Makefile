@@ -42,8 +42,10 @@ $(VENV)/.dev: $(VENV)/.tools
 # ---- for users ----------------------------------------------------------------------------------
 build: $(VENV)/.installed
 
+# The test of the kernels' symbols looks at the objects of the build that was installed.
 test: build
-	$(BIN)/python -m pytest $(ARGS)
+	MLA_BUILD_DIR="$$(ls -d build/wheel-$$($(BIN)/python -c \
+	'import sys; print("cp%d%d" % sys.version_info[:2])')-*)" $(BIN)/python -m pytest $(ARGS)
 
 bench: build
 	$(BIN)/python -m bench $(ARGS)
