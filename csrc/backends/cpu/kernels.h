@@ -14,6 +14,11 @@ namespace mla::cpu {
 // How the activations of a product are stored before it, chosen by weight format and precision.
 enum class Packing : uint8_t { f32, bf16, q8 };
 
+// Packing::f32 rows are padded with zeros to a multiple of this: the widest register.
+inline constexpr int64_t kPackedFloats = 16;
+// Columns of a weight that `across` takes at a time: whole blocks of every format.
+inline constexpr int64_t kAcrossColumns = 256;
+
 // One tile of work: output columns [n_begin, n_end) (rows of w) for n_x packed activation rows.
 struct MatmulTile {
   const std::byte* w;   // row 0 of the weight
@@ -27,8 +32,7 @@ struct MatmulTile {
 };
 using MatmulKernel = void (*)(const MatmulTile&) noexcept;
 
-// w [K, N] contracted across its rows: for output columns [n_begin, n_end) (whole blocks).
-// Same struct; w row r meets x element r. x rows are packed as f32.
+// A row of activations of any float format and element stride -> packed_bytes(packing, k).
 using PackRow = void (*)(const std::byte* x, Format format, int64_t stride_bytes, int64_t k,
                          std::byte* out) noexcept;
 struct MatmulEntry {
@@ -38,8 +42,10 @@ struct MatmulEntry {
 struct MatmulTable {
   // [format][precision]; kernel == nullptr where there is none.
   MatmulEntry rows[kFormatCount][2];
-  MatmulKernel across[kFormatCount];  // transposed weights, f32 activations
-  PackRow pack[3];                    // by Packing
+  // w [K, N] contracted across its rows: w row r meets x element r. n_begin is a multiple of
+  // kAcrossColumns; x rows are Packing::f32, but need no padding.
+  MatmulKernel across[kFormatCount];
+  PackRow pack[3];  // by Packing
   size_t (*packed_bytes)(Packing, int64_t k) noexcept;
   // Row of any weight format -> float32, n_elems a multiple of the block.
   void (*decode)(Format, const std::byte* row, int64_t n_elems, float* out) noexcept;

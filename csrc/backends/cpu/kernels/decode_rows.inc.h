@@ -9,6 +9,7 @@ namespace mla::cpu::MLA_ISA {
 namespace {
 
 inline constexpr int kChunk = block::kSuper;  // elements decoded at a time
+static_assert(kChunk == kAcrossColumns && kPackedFloats % kLanes == 0);
 
 inline constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -123,14 +124,13 @@ struct PackedSuper {
   float scale[kGroup];
   float sum[kGroup];
 };
-inline constexpr int kPadFloats = 16;  // Packing::f32 rows are padded to the widest register
 inline constexpr int kPadBf16 = 32;
 
 inline size_t packed_bytes(Packing packing, int64_t k) noexcept {
   int64_t bytes = 0;
   switch (packing) {
     case Packing::f32:
-      bytes = round_up(k, kPadFloats) * static_cast<int64_t>(sizeof(float));
+      bytes = round_up(k, kPackedFloats) * static_cast<int64_t>(sizeof(float));
       break;
     case Packing::bf16:
       bytes = round_up(k, kPadBf16) * static_cast<int64_t>(sizeof(uint16_t));
@@ -170,7 +170,7 @@ inline void pack_f32(const std::byte* x, Format format, int64_t stride_bytes, in
     const int64_t n = smaller(kChunk, k - i);
     gather(x, format, stride_bytes, i, n, buffer);
     std::memcpy(reinterpret_cast<float*>(out) + i, buffer,
-                static_cast<size_t>(round_up(n, kPadFloats)) * sizeof(float));
+                static_cast<size_t>(round_up(n, kPackedFloats)) * sizeof(float));
   }
 }
 

@@ -1,0 +1,116 @@
+// What matmul, matmul_indexed and swiglu_matmul share: how a weight is read, packed activations,
+// tiles of rows grouped by expert.
+//
+// A product runs in two phases: rows of x are packed, then tiles of (rows of w) x (rows of x) are
+// computed. An element of the result is one kernel call's work whatever the tiles, so results do
+// not depend on how they are cut.
+#pragma once
+
+#include "backends/cpu/ops/ops.h"
+
+namespace mla::cpu {
+
+// Rows of x per tile: each row of w is read once for all of them.
+inline constexpr int64_t kMaxTileRows = 64;
+
+// Hands out 64-byte aligned parts of the scratch. Over a null base it only measures, so the same
+// code lays out and sizes an op's scratch.
+class Carver {
+ public:
+  explicit Carver(std::byte* base) : base_(base) {}
+  template <class T>
+  T* take(int64_t n) {
+    std::byte* p = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += (static_cast<size_t>(n) * sizeof(T) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(p);
+  }
+  size_t used_bytes() const { return used_; }
+
+ private:
+  std::byte* base_;
+  size_t used_ = 0;
+};
+
+// How the kernels read one matrix w [N, K] (transposed: [K, N]).
+enum class Reading : uint8_t {
+  rows,     // its rows hold K
+  across,   // its rows hold N
+  gathered  // floats with strides in both dims: some rows at a time are copied to scratch
+};
+struct WeightReader {
+  Reading reading;
+  MatmulEntry entry;  // the packing that x needs, and the kernel
+  Format format;
+  int64_t n, k;
+  int64_t n_stride, k_stride;  // bytes; of quantized weights only the one between rows counts
+
+  static WeightReader plan(const Layout& w, const MatmulAttrs& attrs, const MatmulTable& table);
+  // Chunks of N begin at multiples of this.
+  int64_t granule() const { return reading == Reading::across ? kAcrossColumns : 16; }
+  // Scratch each thread needs for `multiply`.
+  int64_t room_bytes(const MatmulTable& table) const;
+  // From n on, as a matrix of its own. Not for quantized weights read across.
+  const std::byte* skip(const std::byte* w, int64_t n) const { return w + n * n_stride; }
+};
+
+// Rows of x that meet one matrix, and where their results go: y[i][n].
+struct RowTile {
+  const std::byte* const* x;
+  float* const* y;
+  int64_t n_rows;  // <= kMaxTileRows
+};
+// y[i][n] (+)= x[i] . w[n] for n in [begin, end).
+void multiply(const WeightReader& reader, const MatmulTable& table, const std::byte* w,
+              int64_t begin, int64_t end, const RowTile& tile, bool accumulate, std::byte* room);
+
+// The rows of x [.., M, K] as one packing wants them; rows that a stride of 0 repeats are packed
+// once, float32 rows that lie right are used in place.
+class PackedRows {
+ public:
+  PackedRows(const Layout& x, const WeightReader& reader, const MatmulTable& table, Carver& carver);
+  void pack(const Tensor& x, const CpuRun& run);  // fills the scratch, in parallel
+  const std::byte* row(int64_t i0, int64_t i1, int64_t i2) const;
+  int64_t row_bytes() const { return row_bytes_; }
+
+ private:
+  Packing packing_;
+  int64_t row_bytes_;
+  int64_t extent_[3];  // of distinct rows
+  int64_t step_[3];    // bytes between rows; 0 where rows repeat
+  bool in_place_;
+  const std::byte* base_;
+  std::byte* scratch_ = nullptr;
+};
+
+// Rows of x per tile so that the packed tile stays in half of a 1 MiB second-level cache.
+int64_t tile_rows(int64_t packed_row_bytes, int64_t n_rows);
+
+// How to cut N: chunks that keep all threads busy, none worth less than the hand-over costs, none
+// above max_rows.
+sys::RowSplit split_columns(const WeightReader& reader, int64_t rows_per_tile, int n_threads,
+                            int64_t max_rows);
+
+// (token, slot) pairs ordered by expert (within one: by token, then slot), and cut into tiles that
+// meet one expert each.
+struct ExpertTiles {
+  struct Tile {
+    int64_t expert;
+    int64_t first;  // position in `pairs`
+    int64_t n_pairs;
+  };
+  int64_t n_tokens, n_slots, n_experts;
+  int64_t* pairs;   // [n_tokens * n_slots]: token * n_slots + slot
+  int64_t* starts;  // [n_experts + 1]
+  Tile* tiles;      // at most one per pair
+  int64_t n_tiles = 0;
+
+  ExpertTiles(const Layout& ids, int64_t n_experts, Carver& carver);
+  // Throws ShapeError for an id outside [0, n_experts).
+  void group(const Tensor& ids, int64_t rows_per_tile, const char* op);
+};
+
+inline float read_f32(const Tensor& x, int64_t i2, int64_t i3) {
+  return *reinterpret_cast<const float*>(x.data + i2 * x.stride[2] + i3 * x.stride[3]);
+}
+
+}  // namespace mla::cpu
