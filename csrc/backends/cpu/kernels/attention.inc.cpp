@@ -1,6 +1,216 @@
-#include "backends/cpu/attention_kernels.h"
+// Attention of query rows over cells of the latent cache, with running softmax.
+//
+//   score[i, s] = scale * q[i] . key[s]       -inf where s >= visible[i]
+//   max' = max(max, max_s score)              p[i, s] = e^(score - max')
+//   sum' = sum * e^(max - max') + sum_s p     out' = out * e^(max - max') + sum_s p value[s]
+//
+// absorbed: key[s] = latent row and rope row of a cell, value[s] = the latent row. A run of cells
+//   is converted to float32 [kTileCells, pad(C) + pad(R)] once for all query rows.
+// expanded: keys come in panels, transposed, so that scores need no sum across lanes.
+// merge: runs of cells computed apart, weighted by e^(max_part - max).
+//
+// All is float32; the error against float64 is that of float32 sums over N + R (or C + R) products
+// and over the cells: about 1e-6 of the largest value. A row's result depends on its own cells and
+// on where the runs of cells begin, not on the rows beside it. The cache formats differ in
+// decode_row alone; kernels that multiply in 16 or 8 bits would be further entries of the table.
+#include "backends/cpu/kernels/attention_tiles.inc.h"
 #include "backends/cpu/simd/simd.h"
+
 namespace mla::cpu::MLA_ISA {
+namespace {
+
+// ---- cells --------------------------------------------------------------------------------------
+template <F32 (*kLoad)(const uint16_t*), float (*kOne)(uint16_t)>
+inline void decode_16(const std::byte* in, int64_t n, float* out) {
+  const auto* p = reinterpret_cast<const uint16_t*>(in);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, kLoad(p + i));
+  for (; i < n; ++i) out[i] = kOne(p[i]);
+}
+
+inline void decode_q8_0(const std::byte* in, int64_t n, float* out) {
+  constexpr int kBlock = 32;  // a half scale, then as many signed bytes
+  typedef int8_t I8 __attribute__((vector_size(kLanes)));
+  for (int64_t i = 0; i < n; i += kBlock, in += sizeof(uint16_t) + kBlock) {
+    uint16_t bits;
+    std::memcpy(&bits, in, sizeof bits);
+    const F32 scale = set1(half_to_float(bits));
+#pragma GCC unroll 8
+    for (int j = 0; j < kBlock; j += kLanes) {
+      I8 code;
+      std::memcpy(&code, in + sizeof bits + j, sizeof code);
+      store(out + i + j, __builtin_convertvector(code, F32) * scale);
+    }
+  }
+}
+
+// One cell's row of a plane as float32, the pad set to zero.
+inline void decode_row(const CachePlane& plane, int64_t cell, float* out) {
+  const std::byte* in = plane.data + cell * plane.row_bytes;
+  const int64_t n = plane.n;
+  if (plane.format == Format::F16) {
+    decode_16<load_f16, half_to_float>(in, n, out);
+  } else if (plane.format == Format::BF16) {
+    decode_16<load_bf16, bf16_to_float>(in, n, out);
+  } else if (plane.format == Format::Q8_0) {
+    decode_q8_0(in, n, out);
+  } else {
+    std::memcpy(out, in, static_cast<size_t>(n) * sizeof(float));
+  }
+  for (int64_t i = n; i < pad_floats(n); ++i) out[i] = 0.0f;
+}
+
+void load_cells(const CacheCells& cells, int64_t begin, int64_t end, float* latent,
+                int64_t latent_row, float* rope, int64_t rope_row) noexcept {
+  const int64_t first = cells.first_cell + begin;
+  int64_t block = first / cells.block_cells;
+  int64_t within = first % cells.block_cells;
+  for (int64_t i = 0; i < end - begin; ++i) {
+    const int64_t cell = cells.blocks[block] * cells.block_cells + within;
+    decode_row(cells.latent, cell, latent + i * latent_row);
+    decode_row(cells.rope, cell, rope + i * rope_row);
+    if (++within == cells.block_cells) {
+      within = 0;
+      ++block;
+    }
+  }
+}
+
+void transpose(const float* in, int64_t in_row, int64_t m, int64_t n, float* out,
+               int64_t out_row) noexcept {
+  for (int64_t j = 0; j < n; j += kLanes) {
+    for (int64_t i = 0; i < m; i += kLanes) {
+      F32 v[kLanes];
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes; ++l) v[l] = load(in + (i + l) * in_row + j);
+      transpose_square(v);
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes; ++l) store(out + (j + l) * out_row + i, v[l]);
+    }
+  }
+}
+
+// ---- softmax ------------------------------------------------------------------------------------
+inline I32 lane_numbers() {
+  int32_t lane[kLanes];
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  I32 v;
+  std::memcpy(&v, lane, sizeof v);
+  return v;
+}
+
+// Turns one row of `width` scores (a multiple of kLanes), of which the first n_visible count, into
+// probabilities against the new maximum; returns the factor of what the row held so far.
+inline float softmax_row(float* score, int64_t width, int64_t n_visible, float scale, float* max_io,
+                         float* sum_io) {
+  if (n_visible == 0) {
+    for (int64_t i = 0; i < width; i += kLanes) store(score + i, zero());
+    return 1.0f;
+  }
+  const float lowest = -__builtin_inff();
+  const F32 factor = set1(scale);
+  F32 best = set1(lowest);
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const I32 left = static_cast<int32_t>(n_visible - i) - I32{};
+    const F32 z = lane_numbers() < left ? load(score + i) * factor : set1(lowest);
+    store(score + i, z);
+    best = max(z, best);
+  }
+  const float tile_max = reduce_max(best);
+  const float new_max = tile_max > *max_io ? tile_max : *max_io;
+  const F32 shift = set1(new_max);
+  F32 total = zero();
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const F32 p = exp(load(score + i) - shift);
+    store(score + i, p);
+    total = total + p;
+  }
+  const float kept = exp(set1(*max_io) - shift)[0];
+  *max_io = new_max;
+  *sum_io = *sum_io * kept + reduce_add(total);
+  return kept;
+}
+
+// All rows of a tile of `width` scores, whose first cell is `first`; only n_cells of them exist.
+inline void softmax_rows(float* scores, int64_t width, int64_t n_rows, int64_t first,
+                         int64_t n_cells, const int64_t* visible, float scale,
+                         const RunningRows& rows, float* kept) {
+  for (int64_t i = 0; i < n_rows; ++i) {
+    int64_t n_visible = visible[i] - first;
+    n_visible = n_visible < 0 ? 0 : n_visible > n_cells ? n_cells : n_visible;
+    kept[i] = softmax_row(scores + i * width, width, n_visible, scale, rows.max + i, rows.sum + i);
+  }
+}
+
+// ---- the tasks ----------------------------------------------------------------------------------
+void absorbed(const AbsorbedTile& t) noexcept {
+  const int64_t latent_row = pad_floats(t.cells.latent.n);
+  const int64_t row = latent_row + pad_floats(t.cells.rope.n);
+  float* tile = t.scratch;
+  float* scores = tile + kTileCells * row;
+  float kept[kTileRows];
+  for (int64_t cell = t.begin; cell < t.end; cell += kTileCells) {
+    const int64_t n = t.end - cell < kTileCells ? t.end - cell : kTileCells;
+    load_cells(t.cells, cell, cell + n, tile, row, tile + latent_row, row);
+    dots({t.q, tile, row, t.n_rows, n, scores, kTileCells});
+    softmax_rows(scores, kTileCells, t.n_rows, cell, n, t.visible, t.scale, t.rows, kept);
+    product(
+        {scores, kTileCells, tile, row, t.rows.out, t.rows.out_row, kept, t.n_rows, latent_row, n});
+  }
+}
+
+void expanded(const ExpandedTile& t) noexcept {
+  static constexpr float kOnes[kTileRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                             1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  const int64_t q_row = t.n + t.r;
+  const int64_t value_row = pad_floats(t.v);
+  float* scores = t.scratch;
+  float kept[kTileRows];
+  for (int64_t cell = 0; cell < t.n_cells; cell += kPanelCells) {
+    const int64_t n = t.n_cells - cell < kPanelCells ? t.n_cells - cell : kPanelCells;
+    const float* keys = t.keys + cell * pad_floats(t.n);
+    const float* rope_keys = t.rope_keys + cell * pad_floats(t.r);
+    product(
+        {t.q, q_row, keys, kPanelCells, scores, kPanelCells, nullptr, t.n_rows, kPanelCells, t.n});
+    product({t.q + t.n, q_row, rope_keys, kPanelCells, scores, kPanelCells, kOnes, t.n_rows,
+             kPanelCells, t.r});
+    softmax_rows(scores, kPanelCells, t.n_rows, cell, n, t.visible, t.scale, t.rows, kept);
+    product({scores, kPanelCells, t.values + cell * value_row, value_row, t.rows.out,
+             t.rows.out_row, kept, t.n_rows, t.v, n});
+  }
+}
+
+void merge(const MergeRow& row, float* out) noexcept {
+  float best = row.max[0];
+  for (int64_t part = 1; part < row.n_parts; ++part) {
+    const float m = row.max[part * row.stat_stride];
+    best = m > best ? m : best;
+  }
+  float total = 0.0f;
+  for (int64_t part = 0; part < row.n_parts; ++part) {
+    const float sum = row.sum[part * row.stat_stride];
+    if (sum == 0.0f) continue;
+    total += exp(set1(row.max[part * row.stat_stride] - best))[0] * sum;
+  }
+  bool first = true;
+  for (int64_t part = 0; part < row.n_parts; ++part) {
+    if (row.sum[part * row.stat_stride] == 0.0f) continue;  // saw no cell: out may be unwritten
+    const F32 difference = set1(row.max[part * row.stat_stride] - best);
+    const F32 weight = set1(exp(difference)[0] / total);
+    const float* in = row.out + part * row.out_stride;
+    for (int64_t i = 0; i < row.n; i += kLanes) {
+      const int64_t count = row.n - i;
+      F32 v = load_count(in + i, count) * weight;
+      if (!first) v = v + load_count(out + i, count);
+      store_count(out + i, count, v);
+    }
+    first = false;
+  }
+}
+
+}  // namespace
+
 extern const AttentionTable attention_table;
-const AttentionTable attention_table = {};
+const AttentionTable attention_table = {load_cells, transpose, product, absorbed, expanded, merge};
+
 }  // namespace mla::cpu::MLA_ISA

@@ -1,0 +1,99 @@
+// What the two modes of mla_attention share: operands, the products with k_b and v_b, scratch.
+// Letters: T tokens, H heads, C latent, N/R/V head dims (nope, rope, value).
+#pragma once
+
+#include <cstdint>
+
+#include "backends/cpu/attention_kernels.h"
+#include "backends/cpu/ops/ops.h"
+#include "graph/ops.h"
+
+namespace mla::cpu {
+
+// Rows that one product with k_b or v_b takes at a time: enough that decoding a weight (a few
+// cycles a vector) vanishes beside multiplying with it.
+inline constexpr int kProductRows = 64;
+
+// Hands out pieces of scratch, each on a cache line of its own. Without memory it only counts.
+class Carver {
+ public:
+  explicit Carver(std::byte* base) : base_(base) {}
+  template <class T>
+  T* take(int64_t n) {
+    const size_t at = used_;
+    used_ += (static_cast<size_t>(n) * sizeof(T) + kLine - 1) / kLine * kLine;
+    return base_ != nullptr ? reinterpret_cast<T*>(base_ + at) : nullptr;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  static constexpr size_t kLine = 64;
+  std::byte* base_;
+  size_t used_ = 0;
+};
+
+// One head's weight [n, k] (rows) or [k, n] (across), out of the [H, ..] that k_b or v_b is.
+struct HeadProduct {
+  MatmulKernel kernel = nullptr;
+  PackRow pack = nullptr;
+  int64_t packed_bytes = 0;  // of one row of k
+  int64_t n = 0, k = 0;
+
+  // y[i][0..n) = x[i] . weight of `head`, for n_rows <= kProductRows packed rows.
+  void apply(const Tensor& weight, int64_t head, const std::byte* packed, float* y, int64_t y_row,
+             int64_t n_rows) const;
+  void pack_row(const std::byte* x, int64_t stride_bytes, std::byte* packed, int64_t row) const {
+    pack(x, Format::F32, stride_bytes, k, packed + row * packed_bytes);
+  }
+};
+HeadProduct head_product(const KernelTable& kernels, const Layout& weight, bool across,
+                         Precision precision);
+
+// Everything about a node that its layouts tell.
+struct AttentionShape {
+  int64_t t, h, n, r, c, v;
+  int64_t cp, rp, np, vp;  // padded to whole vectors
+  HeadProduct q_latent;    // q_nope [N] -> latent [C], by k_b
+  HeadProduct value;       // latent [C] -> value [V], by v_b
+  int n_threads;
+};
+AttentionShape attention_shape(const Node& node, const KernelTable& kernels, int n_threads);
+
+// One run of the op. in: the node's operands in the order of graph/ops/attention.cpp.
+struct AttentionCall {
+  const Step& step;
+  const CpuRun& run;
+  AttentionShape shape;
+  AttentionAttrs attrs;
+
+  const Tensor& q_nope() const { return step.in[0]; }
+  const Tensor& q_rope() const { return step.in[1]; }
+  const Tensor& k_b() const { return step.in[4]; }
+  const Tensor& v_b() const { return step.in[5]; }
+  const std::byte* q_nope(int64_t token, int64_t head) const {
+    return step.in[0].at(0, token, head);
+  }
+  const std::byte* q_rope(int64_t token, int64_t head) const {
+    return step.in[1].at(0, token, head);
+  }
+  float* out(int64_t token, int64_t head) const {
+    return step.out.ptr<float>() + (token * shape.h + head) * shape.v;
+  }
+  Span span(int64_t i) const;
+  CacheCells cells(const Span& span) const;
+  int n_threads() const { return shape.n_threads; }
+};
+
+// Checks every span against the operands and marks its tokens; throws ShapeError with the values.
+// Tokens in no span become zeros in out. marks [T]. Returns the number of spans.
+int64_t check_spans(const AttentionCall& call, uint8_t* marks);
+
+// ops/attention_absorbed.cpp: all spans that are not `expanded`.
+size_t absorbed_scratch_bytes(const AttentionShape& shape);
+void run_absorbed(const AttentionCall& call, int64_t n_spans, std::byte* scratch);
+
+// ops/attention_expanded.cpp: one span.
+size_t expanded_scratch_bytes(const AttentionShape& shape);
+void run_expanded(const AttentionCall& call, const Span& span, std::byte* scratch);
+
+}  // namespace mla::cpu
