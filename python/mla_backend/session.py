@@ -87,7 +87,8 @@ class Session:
         for begin in range(0, total, self._n_batch):
             chunk = list(ids[begin : begin + self._n_batch])
             wanted = max(0, min(len(chunk), begin + len(chunk) - (total - outputs)))
-            rows.append(self._runner.run([Piece(self._sequence, chunk, wanted)], cancel))
+            piece = Piece(self._sequence, chunk, wanted)
+            rows.append(self._runner.run([piece], cancel).copy())  # the next run writes there
             self.tokens += chunk
             if on_progress is not None:
                 on_progress("prefill", begin + len(chunk), total)
