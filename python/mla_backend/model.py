@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +39,7 @@ from mla_backend.weights import check as check_weights
 Progress = Callable[[str, int, int], None]
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int]
+Chunks = Generator[Chunk, None, None]
 
 PRECISIONS: Final = ("fast", "exact")
 DEVICES: Final = ("auto", "cpu")
@@ -189,7 +190,7 @@ class Model:
         """
         return complete(self.stream(prompt, **options))
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
+    def stream(self, prompt: Prompt, **options: Any) -> Chunks:
         """Like ``generate``, chunk by chunk. The model is busy until the stream ends or is closed.
 
         A prefix that the last call computed is not computed again.
@@ -204,13 +205,13 @@ class Model:
         """
         return complete(self.stream_chat(messages, **options))
 
-    def stream_chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Chunk]:
+    def stream_chat(self, messages: Sequence[Message], **options: Any) -> Chunks:
         """Like ``chat``, chunk by chunk. Raises TemplateError where the template refuses."""
         extra = options.pop("template_options", {})
         ids = encode_chat(self.tokenizer, self.template.render(messages, **extra))
         return self._stream(ids, _options(options))
 
-    def _stream(self, ids: Sequence[int], options: GenerationOptions) -> Iterator[Chunk]:
+    def _stream(self, ids: Sequence[int], options: GenerationOptions) -> Chunks:
         with self._calls:
             yield from stream(self._session, self.tokenizer, ids, options)
 
