@@ -1,0 +1,73 @@
+"""From options to a loaded model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .console import Console
+from .options import ContextOptions, ModelOptions
+from .units import bytes_text
+
+if TYPE_CHECKING:
+    from ..model import Model
+
+
+def load_model(
+    path: Path, context: ContextOptions, options: ModelOptions, console: Console
+) -> Model:
+    """Load the model that the options name, with progress, and print its notes."""
+    from ..model import Model
+
+    model = Model.load(
+        path,
+        n_ctx=context.n_ctx,
+        threads=options.threads,
+        attention=options.attention.value,
+        cache_type=context.cache_type.value,
+        precision=context.precision.value,
+        device=options.device,
+        kv_file=options.kv_file,
+        mmap=not context.no_mmap,
+        mlock=options.mlock,
+        isa=options.isa,
+        n_batch=context.batch_size,
+        on_progress=console.progress,
+    )
+    console.progress.clear()
+    console.notes(model.notes)
+    console.detail(memory_text(model))
+    console.detail(f"computing with {model.n_threads} threads, {model.isa}")
+    return model
+
+
+def memory_text(model: Model) -> str:
+    """One line about the model's memory."""
+    memory = model.memory
+    return (
+        f"memory: weights {bytes_text(memory.weights_mapped_bytes)} mapped and "
+        f"{bytes_text(memory.weights_copied_bytes)} copied, cache "
+        f"{bytes_text(memory.cache_bytes)} for {model.n_ctx} positions "
+        f"({memory.cache_bytes_per_position} bytes each), workspace "
+        f"{bytes_text(memory.workspace_bytes)}"
+    )
+
+
+def model_facts(model: Model, context: ContextOptions, options: ModelOptions) -> dict[str, object]:
+    """The model and how it is computed, for JSON."""
+    config = model.config
+    return {
+        "path": str(model.file.paths[0]),
+        "name": model.file.metadata.get("general.name"),
+        "architecture": model.file.metadata.get("general.architecture"),
+        "layout": config.layout,
+        "n_layer": config.n_layer,
+        "n_vocab": config.n_vocab,
+        "n_ctx": model.n_ctx,
+        "n_ctx_train": config.n_ctx_train,
+        "cache_type": context.cache_type.value,
+        "precision": context.precision.value,
+        "attention": options.attention.value,
+        "isa": model.isa,
+        "n_threads": model.n_threads,
+    }
