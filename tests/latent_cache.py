@@ -1,0 +1,79 @@
+"""A latent cache in NumPy memory, and operations of the core run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from mla_backend import _core
+from mla_backend.formats import by_name
+from mla_backend.ops import Where
+from reference.attention import F64, decode_rows, encode_rows, row_bytes
+
+Array = npt.NDArray[Any]
+Bytes = npt.NDArray[np.uint8]
+
+#: (latent, rope) formats; the last but one is what a Q8_0 cache is made of.
+CACHE_FORMATS = [("F32", "F32"), ("F16", "F16"), ("BF16", "BF16"), ("Q8_0", "F16"), ("F16", "F32")]
+_GAP_BYTES = 6  # unused bytes at the end of a row: no row may be taken for aligned
+
+
+class LatentCache(NamedTuple):
+    """Both planes in one buffer, a row per cell, as sessions keep them."""
+
+    memory: Bytes  # [cells, bytes of a row]
+    formats: tuple[str, str]  # of the latent and of the rope plane
+    widths: tuple[int, int]  # C, R
+
+    def plane(self, i: int) -> Bytes:
+        """The bytes of plane 0 (latent) or 1 (rope): a view [cells, row_bytes]."""
+        sizes = [row_bytes(f, n) for f, n in zip(self.formats, self.widths, strict=True)]
+        begin = sum(sizes[:i])
+        return self.memory[:, begin : begin + sizes[i]]
+
+    def tensor(self, i: int) -> _core.Tensor:
+        """The same as a tensor of the core."""
+        offset = 0 if i == 0 else row_bytes(self.formats[0], self.widths[0])
+        shape = [len(self.memory), self.widths[i]]
+        strides = [self.memory.shape[1], by_name(self.formats[i]).block_bytes]
+        return _core.Tensor(self.memory, self.formats[i], shape, strides, offset)
+
+    def fill(self, i: int, cells: Array, rows: Array) -> None:
+        """Encode rows [n, width] into those cells."""
+        self.plane(i)[cells] = encode_rows(rows, self.formats[i])
+
+    def decoded(self, i: int) -> F64:
+        """The numbers of a plane: [cells, width]."""
+        return decode_rows(self.plane(i), self.formats[i])
+
+
+def empty_cache(n_cells: int, formats: tuple[str, str], widths: tuple[int, int]) -> LatentCache:
+    """All bytes 0xFF, which is NaN in every float format: what must not be read shows."""
+    size = sum(row_bytes(f, n) for f, n in zip(formats, widths, strict=True)) + _GAP_BYTES
+    return LatentCache(np.full((n_cells, size), 0xFF, np.uint8), formats, widths)
+
+
+def constant(g: _core.Graph, name: str, x: Array) -> _core.Node:
+    """A contiguous float32 or int32 array as a node."""
+    format = {"float32": "F32", "int32": "I32"}[x.dtype.name]
+    return g.weight(name, _core.Tensor(x, format, list(x.shape)))
+
+
+def scattered(g: _core.Graph, name: str, x: Array) -> _core.Node:
+    """float32 x as a view with no two elements adjacent: outermost dim innermost, every second."""
+    last_first = np.moveaxis(x, 0, -1)
+    room = np.full((*last_first.shape, 2), np.nan, np.float32)
+    room[..., 1] = last_first
+    node = g.slice(constant(g, name, room), x.ndim, 1, 2)
+    node = g.reshape(node, list(last_first.shape))
+    return g.permute(node, [x.ndim - 1, *range(x.ndim - 1)])
+
+
+def run(g: _core.Graph, where: Where, inputs: Mapping[str, Array] | None = None) -> Array:
+    """Run the graph on the CPU; its first output, copied."""
+    backend = _core.CpuBackend(_core.ThreadPool(where.get("threads") or 1), where.get("isa") or "")
+    executor = _core.Executor(g, _core.Workspace([backend]))
+    executor.run(dict(inputs or {}))
+    return np.array(executor.output(0))
