@@ -8,6 +8,7 @@ blocks of its prefix. A shared block is copied when one of its sequences has to 
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,8 @@ class LatentCache:
         n_ctx: positions it was asked for; ``n_cells`` is that rounded up to whole blocks.
         bytes_per_position: over all layers.
         total_bytes: of the memory that was allocated.
+
+    ``kv_file`` names a new file to hold the memory instead; it has no name once it is open.
     """
 
     def __init__(
@@ -330,7 +333,27 @@ def _allocate(n_bytes: int, kv_file: Path | None) -> npt.NDArray[np.uint8]:
             return np.zeros(n_bytes, np.uint8)
         except MemoryError:
             raise MemoryLimitError(f"cannot allocate a cache of {n_bytes} bytes") from None
-    with kv_file.open("w+b") as file:
-        file.truncate(n_bytes)
-        mapped = mmap.mmap(file.fileno(), n_bytes)
+    return _map_new_file(kv_file, n_bytes)
+
+
+def _map_new_file(path: Path, n_bytes: int) -> npt.NDArray[np.uint8]:
+    """Map a new file of this size, without a name from then on: it goes when its memory does.
+
+    Its space is allocated at once, so that a full disk is an error here and not a signal later.
+    """
+    try:
+        file = path.open("x+b")
+    except FileExistsError:
+        raise UsageError(f"kv_file {path} exists already; name a file that does not") from None
+    except OSError as error:
+        raise UsageError(f"kv_file {path} cannot be created: {error.strerror}") from error
+    with file:
+        path.unlink()
+        try:
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+            mapped = mmap.mmap(file.fileno(), n_bytes)
+        except OSError as error:
+            raise MemoryLimitError(
+                f"kv_file {path}: no room for a cache of {n_bytes} bytes: {error.strerror}"
+            ) from error
     return np.frombuffer(mapped, np.uint8)

@@ -93,7 +93,8 @@ class Model:
             cache_type: f32, f16, bf16 or q8_0.
             precision: "fast" rounds activations as the kernels like; "exact" keeps float32.
             device: "auto" or "cpu".
-            kv_file: back the cache by this file, for contexts larger than memory.
+            kv_file: a new file to hold the cache, for contexts larger than memory; it goes when
+                the model does.
             mmap: map the weights (files on network file systems are read all the same).
             mlock: keep mapped weights in memory.
             isa: CPU instruction set; None is MLA_CPU_ISA or the best this CPU has.
