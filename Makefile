@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc python -type f ! -name '*.pyc' ! -name '*.so') CMak
 CXX_FILES := $(shell find csrc tests/selfcheck -name '*.h' -o -name '*.cpp')
 ASAN_TESTS ?= tests/gguf tests/graph tests/test_memory.py tests/test_quant.py tests/ops
 
-.PHONY: all build test bench format check stubs check-stubs sanitize asan tsan aarch64 \
+.PHONY: all build test demo bench format check stubs check-stubs sanitize asan tsan aarch64 \
         aarch64-build develop dist clean
 
 all: build
@@ -46,6 +46,13 @@ build: $(VENV)/.installed
 test: build
 	MLA_BUILD_DIR="$$(ls -d build/wheel-$$($(BIN)/python -c \
 	'import sys; print("cp%d%d" % sys.version_info[:2])')-*)" $(BIN)/python -m pytest $(ARGS)
+
+# A small model with random weights: its text means nothing, everything else is real.
+DEMO := build/demo/tiny-v3.gguf
+demo: build
+	mkdir -p $(dir $(DEMO))
+	test -f $(DEMO) || $(BIN)/mla-backend synth tiny-v3 $(DEMO) --type q4_k_m
+	$(BIN)/mla-backend run $(DEMO) -p "Once upon a time" -n 48
 
 bench: build
 	$(BIN)/python -m bench $(ARGS)
