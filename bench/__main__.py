@@ -1,0 +1,31 @@
+"""`python -m bench NAME ...`: runs one of the programs in this folder."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+_PROGRAMS = {
+    "machine": "the machine's limits",
+    "make": "write a random model",
+    "model": "prefill and decode of a model",
+    "ops": "single operations",
+    "startup": "time to readiness",
+}
+_FILES = {"make": "make_model", "model": "bench_model", "ops": "bench_ops"}
+
+
+def main() -> None:
+    """Run the program that the first argument names; without one, the single operations."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "ops"
+    if name not in _PROGRAMS:
+        known = "\n".join(f"  {key:8} {value}" for key, value in _PROGRAMS.items())
+        sys.exit(f"usage: python -m bench NAME [options]\n{known}")
+    sys.path.insert(0, str(_HERE))
+    sys.argv = [f"bench {name}", *sys.argv[2:]]
+    runpy.run_path(str(_HERE / f"{_FILES.get(name, name)}.py"), run_name="__main__")
+
+
+main()
