@@ -163,7 +163,8 @@ void attend_all(const AttentionCall& call, const Round& round) {
 }
 
 // ---- 3: values ----------------------------------------------------------------------------------
-// Tokens [first, ..) of one piece, as their outputs must be equally far apart.
+// Tokens [first, first + kProductRows) of the round, piece by piece: within one, outputs are equally
+// far apart.
 void make_values(const AttentionCall& call, const Round& round, int64_t head, int64_t first,
                  int thread) {
   const AttentionShape& s = call.shape;
@@ -234,7 +235,7 @@ int64_t add_piece(const AttentionShape& s, Round& round, const Span& span, int64
 size_t absorbed_scratch_bytes(const AttentionShape& shape) {
   Carver carver(nullptr);
   carve(shape, carver);
-  return carver.used();
+  return carver.used_bytes();
 }
 
 void run_absorbed(const AttentionCall& call, int64_t n_spans, std::byte* scratch) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "backends/cpu/attention_kernels.h"
+#include "backends/cpu/ops/carver.h"
 #include "backends/cpu/ops/ops.h"
 #include "graph/ops.h"
 
@@ -13,24 +14,6 @@ namespace mla::cpu {
 // Rows that one product with k_b or v_b takes at a time: enough that decoding a weight (a few
 // cycles a vector) vanishes beside multiplying with it.
 inline constexpr int kProductRows = 64;
-
-// Hands out pieces of scratch, each on a cache line of its own. Without memory it only counts.
-class Carver {
- public:
-  explicit Carver(std::byte* base) : base_(base) {}
-  template <class T>
-  T* take(int64_t n) {
-    const size_t at = used_;
-    used_ += (static_cast<size_t>(n) * sizeof(T) + kLine - 1) / kLine * kLine;
-    return base_ != nullptr ? reinterpret_cast<T*>(base_ + at) : nullptr;
-  }
-  size_t used() const { return used_; }
-
- private:
-  static constexpr size_t kLine = 64;
-  std::byte* base_;
-  size_t used_ = 0;
-};
 
 // One head's weight [n, k] (rows) or [k, n] (across), out of the [H, ..] that k_b or v_b is.
 struct HeadProduct {

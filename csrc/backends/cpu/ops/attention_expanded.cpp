@@ -8,7 +8,7 @@
 //   3. attend  every tile of queries of every head of the group, running softmax kept in `max`,
 //              `sum` and the output itself between blocks
 // Scratch, in floats: kBlockCells * (C + R) of a block, kExpandedCells * (N + V) of a group,
-// 2 * T * H for the running softmax, (N + V + 64) * C for each thread: 10 MB and 0.6 MB a thread
+// 2 * T * H for the running softmax, 2 * max(N, V) * C for each thread: 10 MB and 0.5 MB a thread
 // for N = V = 128, C = 512 and 512 tokens of 16 heads, at any context length.
 #include <algorithm>
 #include <limits>
@@ -190,7 +190,7 @@ void run_block(const AttentionCall& call, const Span& span, Block& b) {
 size_t expanded_scratch_bytes(const AttentionShape& shape) {
   Carver carver(nullptr);
   carve(shape, carver);
-  return carver.used();
+  return carver.used_bytes();
 }
 
 void run_expanded(const AttentionCall& call, const Span& span, std::byte* scratch) {

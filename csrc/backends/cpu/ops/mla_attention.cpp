@@ -19,7 +19,7 @@ bool supports(const Node& node, const KernelTable& kernels) {
 size_t marks_bytes(const AttentionShape& s) {
   Carver carver(nullptr);
   carver.take<uint8_t>(s.t);
-  return carver.used();
+  return carver.used_bytes();
 }
 
 size_t scratch_bytes(const Node& node, const KernelTable& kernels, int n_threads) {

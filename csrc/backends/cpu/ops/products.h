@@ -6,30 +6,13 @@
 // not depend on how they are cut.
 #pragma once
 
+#include "backends/cpu/ops/carver.h"
 #include "backends/cpu/ops/ops.h"
 
 namespace mla::cpu {
 
 // Rows of x per tile: each row of w is read once for all of them.
 inline constexpr int64_t kMaxTileRows = 64;
-
-// Hands out 64-byte aligned parts of the scratch. Over a null base it only measures, so the same
-// code lays out and sizes an op's scratch.
-class Carver {
- public:
-  explicit Carver(std::byte* base) : base_(base) {}
-  template <class T>
-  T* take(int64_t n) {
-    std::byte* p = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += (static_cast<size_t>(n) * sizeof(T) + 63) / 64 * 64;
-    return reinterpret_cast<T*>(p);
-  }
-  size_t used_bytes() const { return used_; }
-
- private:
-  std::byte* base_;
-  size_t used_ = 0;
-};
 
 // How the kernels read one matrix w [N, K] (transposed: [K, N]).
 enum class Reading : uint8_t {
