@@ -57,7 +57,8 @@ def decode_rows(rows: Bytes, format: str) -> F64:
     rows = np.ascontiguousarray(rows)
     if format != "Q8_0":
         dtype = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[format]
-        return rows.view(dtype).astype(np.float64)
+        numbers: F64 = rows.view(dtype).astype(np.float64)
+        return numbers
     blocks = rows.reshape(len(rows), -1, _Q8_0_ELEMS + 2)
     scale = np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float64)
     codes = np.ascontiguousarray(blocks[..., 2:]).view(np.int8).astype(np.float64)
@@ -71,7 +72,10 @@ def cells_of(span: Span, block_table: I32, block_cells: int) -> npt.NDArray[np.i
     """The cache cells of a span's n_cells positions, in order."""
     counted = span.first_cell + np.arange(span.n_cells)
     blocks = block_table[span.sequence].astype(np.int64)
-    return blocks[counted // block_cells] * block_cells + counted % block_cells
+    cells: npt.NDArray[np.int64] = (
+        blocks[counted // block_cells] * block_cells + counted % block_cells
+    )
+    return cells
 
 
 def attend(

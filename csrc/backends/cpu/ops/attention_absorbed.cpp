@@ -163,8 +163,8 @@ void attend_all(const AttentionCall& call, const Round& round) {
 }
 
 // ---- 3: values ----------------------------------------------------------------------------------
-// Tokens [first, first + kProductRows) of the round, piece by piece: within one, outputs are equally
-// far apart.
+// Tokens [first, first + kProductRows) of the round, piece by piece: within one, outputs are
+// equally far apart.
 void make_values(const AttentionCall& call, const Round& round, int64_t head, int64_t first,
                  int thread) {
   const AttentionShape& s = call.shape;
