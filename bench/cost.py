@@ -57,7 +57,7 @@ class CostModel:
         Experts are taken as chosen at random, so a long pass touches nearly all of them.
         """
         touched = 1 - (1 - self._used_share()) ** n_tokens
-        weight_bytes = sum(t.n_bytes for t in self._others)
+        weight_bytes: float = sum(t.n_bytes for t in self._others)
         weight_bytes += touched * sum(t.n_bytes for t in self._experts)
         head = self.config.n_vocab * self.config.d_model
         flops = 2 * n_tokens * (self.n_active_params - head) + 2 * outputs * head

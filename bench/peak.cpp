@@ -1,6 +1,6 @@
-// What this machine can do at best, as one line of JSON: memory reads, and multiply-adds in float32,
-// bfloat16 and 8-bit integers, with as many threads as the argument says. Built by machine.py for
-// the machine that runs it; not part of the package.
+// What this machine can do at best, as one line of JSON: memory reads, and multiply-adds in
+// float32, bfloat16 and 8-bit integers, with as many threads as the argument says. Built by
+// machine.py for the machine that runs it; not part of the package.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -92,8 +92,7 @@ double steps_per_s(int n_threads, const Step& step) {
 double fp32_flops(int n_threads) {
   volatile float from_outside = 0.5f;
   const Floats a = Floats{} + from_outside;
-  const double rate =
-      steps_per_s<Floats>(n_threads, [a](Floats sum) { return sum * a + a; });
+  const double rate = steps_per_s<Floats>(n_threads, [a](Floats sum) { return sum * a + a; });
   return rate * 2 * kVectorBytes / 4;
 }
 
@@ -102,8 +101,8 @@ double int8_ops(int n_threads) {
 #if defined(__AVX512VNNI__)
   volatile int from_outside = 0x01010101;
   const __m512i a = _mm512_set1_epi32(from_outside);
-  const double rate = steps_per_s<__m512i>(
-      n_threads, [a](__m512i sum) { return _mm512_dpbusd_epi32(sum, a, a); });
+  const double rate =
+      steps_per_s<__m512i>(n_threads, [a](__m512i sum) { return _mm512_dpbusd_epi32(sum, a, a); });
   return rate * 2 * 64;
 #elif defined(__AVX2__)
   volatile int from_outside = 0x01010101;
@@ -140,9 +139,10 @@ double bf16_flops(int n_threads) {
 int main(int argc, char** argv) {
   const int n_threads = argc > 1 ? std::atoi(argv[1]) : 1;
   if (n_threads < 1) return 2;
-  std::printf("{\"read_gb_s\": %.2f, \"fp32_gflop_s\": %.1f, \"int8_gop_s\": %.1f, "
-              "\"bf16_gflop_s\": %.1f}\n",
-              read_bytes_per_s(n_threads) / 1e9, fp32_flops(n_threads) / 1e9,
-              int8_ops(n_threads) / 1e9, bf16_flops(n_threads) / 1e9);
+  std::printf(
+      "{\"read_gb_s\": %.2f, \"fp32_gflop_s\": %.1f, \"int8_gop_s\": %.1f, "
+      "\"bf16_gflop_s\": %.1f}\n",
+      read_bytes_per_s(n_threads) / 1e9, fp32_flops(n_threads) / 1e9, int8_ops(n_threads) / 1e9,
+      bf16_flops(n_threads) / 1e9);
   return 0;
 }

@@ -56,7 +56,7 @@ def _serve() -> None:
     # llama.cpp writes to the standard output here and there: answers go to a copy of it.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import llama_cpp
+    import llama_cpp  # type: ignore[import-not-found]
 
     request = json.loads(sys.stdin.readline())
     model = _load(llama_cpp, request)
