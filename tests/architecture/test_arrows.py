@@ -75,7 +75,9 @@ LAYER = {
     "cache": "session",
     "chat": "tokenizer",
     "config_keys": "config",
+    "inspection": "model",
     "loading": "session",
+    "locks": "session",
     "memory": "session",
     "pretokenizers": "tokenizer",
     "quant_tensor": "ops",
@@ -119,6 +121,7 @@ EXTRA = {
     # Types that the public face returns: chunks, rates, the token that cancels.
     ("commands", "_core"),
     ("commands", "generator"),
+    ("commands", "tokenizer"),
     ("generator", "_core"),
     # Cache types are formats.
     ("session", "formats"),

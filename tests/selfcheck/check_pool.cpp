@@ -1,0 +1,69 @@
+// The thread pool: every chunk once, no thread number twice at a time, several callers.
+#include <atomic>
+#include <thread>
+
+#include "check.h"
+#include "sys/thread_pool.h"
+
+namespace selfcheck {
+namespace {
+
+constexpr int kRuns = 300;
+
+mla::sys::ThreadPoolOptions with_threads(int n_threads) {
+  mla::sys::ThreadPoolOptions options;
+  options.n_threads = n_threads;
+  return options;
+}
+
+bool every_chunk_once(mla::sys::ThreadPool& pool, int64_t n_chunks) {
+  std::vector<int> seen(static_cast<size_t>(n_chunks));
+  pool.parallel_for(n_chunks, [&](int64_t chunk, int) { ++seen[static_cast<size_t>(chunk)]; });
+  for (int times : seen) {
+    if (times != 1) return false;
+  }
+  return true;
+}
+
+bool thread_numbers_are_exclusive(mla::sys::ThreadPool& pool) {
+  std::vector<std::atomic<int>> busy(static_cast<size_t>(pool.n_threads()));
+  std::atomic<bool> shared = false;
+  pool.parallel_for(200, [&](int64_t, int thread) {
+    if (busy[static_cast<size_t>(thread)].fetch_add(1) != 0) shared = true;
+    busy[static_cast<size_t>(thread)].fetch_sub(1);
+  });
+  return !shared;
+}
+
+bool callers_take_turns(mla::sys::ThreadPool& pool) {
+  std::atomic<int64_t> total = 0;
+  const auto call = [&] {
+    for (int i = 0; i < kRuns; ++i) {
+      pool.parallel_for(7, [&](int64_t chunk, int) { total += chunk; });
+    }
+  };
+  std::thread other(call);
+  call();
+  other.join();
+  return total == 2 * kRuns * 21;
+}
+
+}  // namespace
+
+void check_pool(Report& report) {
+  for (int n_threads : {1, 2, 5}) {
+    mla::sys::ThreadPool pool(with_threads(n_threads));
+    bool once = true;
+    bool exclusive = true;
+    for (int i = 0; i < kRuns; ++i) {
+      once = once && every_chunk_once(pool, i % 40);
+      exclusive = exclusive && thread_numbers_are_exclusive(pool);
+    }
+    const std::string with = " with " + std::to_string(n_threads) + " threads";
+    report.truth("pool", "every chunk once" + with, once);
+    report.truth("pool", "thread numbers are exclusive" + with, exclusive);
+    report.truth("pool", "callers take turns" + with, callers_take_turns(pool));
+  }
+}
+
+}  // namespace selfcheck
