@@ -76,6 +76,7 @@ class CacheSequence:
 
     @property
     def next_position(self) -> int:
+        """Position of the token that comes next."""
         return self.first_position + self.n_cells
 
 
@@ -264,6 +265,15 @@ class LatentCache:
             sequence.blocks.append(self._take())
         self._write_table(sequence)
         return self.cells(sequence, sequence.n_cells, n_tokens)
+
+    def release(self, sequence: CacheSequence) -> None:
+        """Give back what ``reserve`` took and no ``commit`` counted."""
+        self.truncate(sequence, sequence.n_cells)
+
+    def fits(self, sequence: CacheSequence, n_cells: int) -> bool:
+        """Whether ``n_cells`` positions find room in place of what the sequence holds."""
+        own = sum(self._users[block] == 1 for block in sequence.blocks)
+        return -(-n_cells // BLOCK_CELLS) <= len(self._free) + own
 
     def commit(self, sequence: CacheSequence, n_tokens: int) -> None:
         """Count ``n_tokens`` reserved cells, now written, as part of the sequence."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -106,7 +106,7 @@ class GenerationOptions:
 
 def stream(
     session: Session, tokenizer: Tokenizer, prompt: Sequence[int], options: GenerationOptions
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """Continue ``prompt`` in ``session``; a prefix that the session holds is not computed again.
 
     Raises, before computing, UsageError for an empty prompt and ContextError for one too long.
@@ -156,7 +156,7 @@ class _Generation:
             self._sampler.restore(session.sampler_state)
         self._stats = Stats(len(prompt), session.reuse(prompt), 0, 0.0, 0.0)
 
-    def run(self) -> Iterator[Chunk]:
+    def run(self) -> Generator[Chunk, None, None]:
         options, session = self._options, self._session
         limit = session.n_ctx - len(self._prompt)
         if options.max_tokens is not None:

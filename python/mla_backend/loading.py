@@ -106,7 +106,7 @@ def load_weights(
 
     Raises DeviceError where a file cannot be mapped or read.
     """
-    mapped = options.mmap and not any(_core.is_network_fs(str(path)) for path in file.paths)
+    mapped = options.mmap and not any(is_stored_on_network(path) for path in file.paths)
     total = sum(path.stat().st_size for path in file.paths)
     report = on_progress or (lambda phase, done, total: None)
     report("load", 0, total)
@@ -119,15 +119,14 @@ def load_weights(
                 _prefetch(source, done, total, report)
             sources.append(source)
         else:
-            before = done
-            sources.append(
-                _core.LoadedFile(
-                    str(path), options.threads, lambda n, _: report("load", before + n, total)
-                )
-            )
+            sources.append(_read(path, options.threads, done, total, report))
         done += path.stat().st_size
     report("load", total, total)
     return Weights(file, infos, sources, mapped)
+
+
+def _read(path: Path, threads: int, before: int, total: int, report: Progress) -> _core.LoadedFile:
+    return _core.LoadedFile(str(path), threads, lambda n, _: report("load", before + n, total))
 
 
 def _prefetch(source: _core.MappedFile, before: int, total: int, report: Progress) -> None:

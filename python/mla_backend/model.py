@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,7 +19,8 @@ from mla_backend.config import ModelConfig, config_from_gguf
 from mla_backend.errors import UsageError
 from mla_backend.generator import Chunk, Completion, GenerationOptions, complete, stream
 from mla_backend.gguf import GGUFFile, TensorInfo, read_gguf
-from mla_backend.loading import LoadOptions, Weights, load_weights
+from mla_backend.loading import LoadOptions, Weights, is_stored_on_network, load_weights
+from mla_backend.locks import CallLock
 from mla_backend.memory import (
     MemoryReport,
     active_weight_bytes,
@@ -49,6 +49,10 @@ _LOGITS_BYTES: Final = 256 << 20
 LEGACY_NOTE: Final = (
     "the file has the legacy tensor layout (attn_kv_b); it runs as it is. "
     "`mla-backend upgrade OLD.gguf NEW.gguf` rewrites it once into the split layout"
+)
+_BUSY: Final = (
+    "a stream of this model is still open in this thread: finish it, close it, "
+    "or use model.session() for a second one"
 )
 _SAMPLING_FIELDS: Final = frozenset(field.name for field in fields(SamplingParams))
 
@@ -143,12 +147,12 @@ class Model:
         self._backend = backend
         self._n_batch = min(n_batch, plan.n_ctx)
         self._fingerprint = _fingerprint(plan.file, plan.infos, engine.weights)
-        self._calls = _CallLock()
+        self._calls = CallLock(_BUSY)
         cache = self._new_cache(self.n_ctx, plan.kv_file)
         runner = Runner(engine, cache)
         runner.prepare(BatchShape(self._n_batch, 1, 1))
         runner.prepare(BatchShape(1, 1, 1))
-        check_memory(self.memory, cache_in_file=plan.kv_file is not None)
+        self._check_memory(self.memory.cache_bytes, cache_in_file=plan.kv_file is not None)
         self._runner, self._cache = runner, cache
         self._session = self._new_session(runner, cache)
 
@@ -181,6 +185,8 @@ class Model:
 
         Args:
             prompt: text (BOS is added where the file says so) or token ids, taken as they are.
+            session: continue in this session instead of the model's own context. The prompt is the
+                whole text all the same: what of it the session holds is not computed again.
             options: fields of GenerationOptions (max_tokens, logits_processors, cancel,
                 on_progress, sampling) and of SamplingParams (temperature, top_k, seed, stop,
                 logprobs, ...), which override those of ``sampling``.
@@ -196,8 +202,8 @@ class Model:
 
         A prefix that the last call computed is not computed again.
         """
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        return self._stream(ids, _options(options))
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [*map(int, prompt)]
+        return self._stream(ids, options)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Completion:
         """Answer a conversation, laid out by the file's template.
@@ -210,9 +216,16 @@ class Model:
         """Like ``chat``, chunk by chunk. Raises TemplateError where the template refuses."""
         extra = options.pop("template_options", {})
         ids = encode_chat(self.tokenizer, self.template.render(messages, **extra))
-        return self._stream(ids, _options(options))
+        return self._stream(ids, options)
 
-    def _stream(self, ids: Sequence[int], options: GenerationOptions) -> Chunks:
+    def _stream(self, ids: Sequence[int], options: dict[str, Any]) -> Chunks:
+        session: Session | None = options.pop("session", None)
+        parsed = _options(options)
+        if session is not None:
+            return stream(session, self.tokenizer, ids, parsed)
+        return self._stream_own(ids, parsed)
+
+    def _stream_own(self, ids: Sequence[int], options: GenerationOptions) -> Chunks:
         with self._calls:
             yield from stream(self._session, self.tokenizer, ids, options)
 
@@ -246,7 +259,7 @@ class Model:
         """
         n_ctx = self.n_ctx if n_ctx is None else n_ctx
         extra = cache_bytes(self.config, self._cache_type, n_ctx)
-        check_memory(replace(self.memory, cache_bytes=extra), cache_in_file=False)
+        self._check_memory(extra, cache_in_file=False)
         cache = self._new_cache(n_ctx, None)
         return self._new_session(Runner(self._engine, cache), cache)
 
@@ -263,6 +276,11 @@ class Model:
         with self._calls:
             self._session.load(path)
 
+    def _check_memory(self, cache_bytes: int, *, cache_in_file: bool) -> None:
+        """Refuse a cache that does not fit; copied weights are in memory and counted already."""
+        report = replace(self.memory, weights_copied_bytes=0, cache_bytes=cache_bytes)
+        check_memory(report, cache_in_file=cache_in_file)
+
     def _new_cache(self, n_ctx: int, kv_file: Path | None) -> LatentCache:
         return LatentCache(
             self.config, n_ctx, self._cache_type, backend=self._backend, kv_file=kv_file
@@ -278,9 +296,15 @@ class Model:
     # ---- life -----------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Let go of cache and weights; the model must not be used again."""
-        with self._calls:
-            self.__dict__.clear()
+        """Let go of cache and weights; uses raise UsageError then. Sessions keep what they need."""
+        if self.__dict__:
+            with self._calls:
+                self.__dict__.clear()
+
+    def __getattr__(self, name: str) -> Any:
+        if not self.__dict__:
+            raise UsageError(f"model.{name}: the model is closed")
+        raise AttributeError(f"a model has no attribute {name!r}")
 
     def __enter__(self) -> Model:
         return self
@@ -320,39 +344,19 @@ class _LoadPlan:
         oversize = oversize_note(weights_bytes, active_weight_bytes(config, sizes))
         legacy = LEGACY_NOTE if config.layout == "legacy" else None
         self.notes = [note for note in (choice.note, oversize, legacy) if note is not None]
+        mapped = options.mmap and not any(is_stored_on_network(path) for path in file.paths)
         self.options = replace(options, prefetch=oversize is None)
         check_memory(
             report_memory(
                 config,
                 cache_type,
                 self.n_ctx,
-                mapped_bytes=weights_bytes,
-                copied_bytes=0 if options.mmap else weights_bytes,
+                mapped_bytes=weights_bytes if mapped else 0,
+                copied_bytes=0 if mapped else weights_bytes,
                 workspace_bytes=0,
             ),
             cache_in_file=in_file,
         )
-
-
-class _CallLock:
-    """One call at a time; a second from the same thread is an error, not a deadlock."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner: int | None = None
-
-    def __enter__(self) -> None:
-        if self._owner == threading.get_ident():
-            raise UsageError(
-                "a stream of this model is still open in this thread: finish it, close it, "
-                "or use model.session() for a second one"
-            )
-        self._lock.acquire()
-        self._owner = threading.get_ident()
-
-    def __exit__(self, *_: object) -> None:
-        self._owner = None
-        self._lock.release()
 
 
 def _options(given: dict[str, Any]) -> GenerationOptions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,11 +16,13 @@ from mla_backend.cache import CacheSequence, LatentCache
 from mla_backend.config import ModelConfig
 from mla_backend.errors import ShapeError
 from mla_backend.loading import Weights
+from mla_backend.locks import CallLock
 from mla_backend.models.deepseek import SPAN_FIELDS, build_graph
 from mla_backend.models.inputs import BatchShape
 
 #: Graphs kept at a time. Decoding and full chunks take two; the rest are ends of prompts.
 _MAX_GRAPHS: Final = 16
+_BUSY: Final = "a signal handler cannot use the model that its own thread is running"
 
 Logits = npt.NDArray[np.float32]
 
@@ -52,7 +53,7 @@ class Engine:
     workspace: _core.Workspace
     precision: str
     attention: AttentionMode
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: CallLock = field(default_factory=lambda: CallLock(_BUSY))
 
 
 class Runner:
@@ -71,10 +72,15 @@ class Runner:
         """
         shape = self._shape(pieces)
         with self._engine.lock:
-            inputs = self._inputs(pieces, shape)
-            executor = self._executor(shape)
-            executor.run(inputs, cancel)
-            self._engine.weights.check()
+            try:
+                inputs = self._inputs(pieces, shape)
+                executor = self._executor(shape)
+                executor.run(inputs, cancel)
+                self._engine.weights.check()
+            except BaseException:
+                for piece in pieces:
+                    self._cache.release(piece.sequence)
+                raise
             for piece in pieces:
                 self._cache.commit(piece.sequence, len(piece.ids))
             if not shape.n_outputs:
@@ -90,6 +96,8 @@ class Runner:
         return self._executor(shape).report()
 
     def _shape(self, pieces: Sequence[Piece]) -> BatchShape:
+        if not pieces or not all(len(piece.ids) for piece in pieces):
+            raise ShapeError("a batch needs one piece or more, each of one token or more")
         if len({piece.sequence.row for piece in pieces}) != len(pieces):
             raise ShapeError("a batch holds one piece of a sequence at most")
         if not all(0 <= piece.outputs <= len(piece.ids) for piece in pieces):

@@ -79,16 +79,17 @@ class Session:
             ShapeError: no tokens, or an id outside the vocabulary.
             CancelledError: with the finished chunks in the cache.
         """
+        ids = [int(i) for i in ids]
         self._check(ids, outputs)
         rows: list[Logits] = []
         total = len(ids)
         if on_progress is not None:
             on_progress("prefill", 0, total)
         for begin in range(0, total, self._n_batch):
-            chunk = list(ids[begin : begin + self._n_batch])
+            chunk = ids[begin : begin + self._n_batch]
             wanted = max(0, min(len(chunk), begin + len(chunk) - (total - outputs)))
             piece = Piece(self._sequence, chunk, wanted)
-            rows.append(self._runner.run([piece], cancel).copy())  # the next run writes there
+            rows.append(self._runner.run([piece], cancel))
             self.tokens += chunk
             if on_progress is not None:
                 on_progress("prefill", begin + len(chunk), total)
@@ -172,9 +173,11 @@ class Session:
                 f"{path}: {cells.size} bytes of cells for {len(state.tokens)} positions of "
                 f"{self._cache.bytes_per_position}"
             )
-        if len(state.tokens) > self.n_ctx:
+        n_tokens = len(state.tokens)
+        if n_tokens > self.n_ctx or not self._cache.fits(self._sequence, n_tokens):
             raise ContextError(
-                f"{path}: {len(state.tokens)} positions exceed the context of {self.n_ctx}"
+                f"{path}: {n_tokens} positions do not fit: the context holds {self.n_ctx}, and "
+                f"{self._cache.n_free_cells} positions of the cache are free"
             )
         self.truncate(0)
         self._sequence.first_position = state.first_position

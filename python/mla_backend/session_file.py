@@ -74,7 +74,11 @@ def read_session(path: Path) -> tuple[SavedSession, npt.NDArray[np.uint8]]:
     if hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest() != digest:
         raise SessionError(f"{path}: truncated or damaged (the checksum differs)")
     begin = len(_MAGIC) + _LENGTH.size
+    if len(body) < begin:
+        raise SessionError(f"{path}: truncated (there is no header)")
     (length,) = _LENGTH.unpack_from(body, len(_MAGIC))
+    if len(body) < begin + length:
+        raise SessionError(f"{path}: the header is said to have {length} bytes, which are not here")
     try:
         state = msgspec.json.decode(body[begin : begin + length], type=SavedSession)
     except msgspec.MsgspecError as error:

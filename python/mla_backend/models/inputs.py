@@ -76,9 +76,11 @@ class LayerContext:
     layer: int
 
     def has(self, name: str) -> bool:
+        """Whether the layer has a weight of this name."""
         return f"blk.{self.layer}.{name}" in self.weights
 
     def weight(self, name: str) -> _core.Node:
+        """The layer's weight of this name."""
         full = f"blk.{self.layer}.{name}"
         return self.graph.weight(full, self.weights[full])
 
@@ -87,4 +89,5 @@ class LayerContext:
         return self.graph.matmul(x, self.weight(name), residual, self.precision)
 
     def norm(self, x: _core.Node, name: str, eps: float) -> _core.Node:
+        """x [.., D] normed and scaled by the weight ``name`` [D]."""
         return self.graph.rms_norm(x, self.weight(name), eps)

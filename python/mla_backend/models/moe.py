@@ -1,4 +1,7 @@
-"""Feed-forward of one layer: dense, or routed and shared experts (DeepSeekMoE, arXiv 2401.06066)."""
+"""Feed-forward of one layer: dense, or with routed and shared experts.
+
+DeepSeekMoE: arXiv 2401.06066.
+"""
 
 from __future__ import annotations
 
