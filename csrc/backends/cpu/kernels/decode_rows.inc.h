@@ -140,7 +140,8 @@ inline size_t packed_bytes(Packing packing, int64_t k) noexcept {
           round_up(k, block::kSuper) / block::kSuper * static_cast<int64_t>(sizeof(PackedSuper));
       break;
   }
-  return static_cast<size_t>(round_up(bytes, 64));
+  // An odd number of cache lines: rows a power of two apart would fight for the same few sets.
+  return static_cast<size_t>(((bytes + 63) / 64 | 1) * 64);
 }
 
 inline float element(const std::byte* p, Format format) {

@@ -8,8 +8,9 @@
 // All else: 256 weights are decoded to floats, which stay in the first-level cache, and meet
 // float32 rows of x. Error: that of a float32 sum in 2 * kLanes parts.
 //
-// One row of w at a time meets up to kTileX rows of x, so unpacking is shared. The order of every
-// sum depends on k alone, neither on how many rows of x there are nor on the range of n.
+// Unpacked weights meet many rows of x: 8 of bytes, whose sums stay in registers, or kPassX of
+// floats. The order of every sum depends on k alone, neither on how many rows of x there are nor on
+// the range of n.
 #include "backends/cpu/kernels.h"
 
 #include "backends/cpu/kernels/decode_rows.inc.h"
@@ -18,8 +19,6 @@
 namespace mla::cpu::MLA_ISA {
 namespace {
 
-// Rows of x per pass: their accumulators and 256 unpacked weights should fit the registers.
-inline constexpr int kTileX = 8;
 inline constexpr int64_t kPrefetchBytes = 1024;
 
 inline void prefetch(const std::byte* p, int64_t n_bytes) {
@@ -49,7 +48,7 @@ inline void for_tiles(const MatmulTile& t, const Row& row) {
 
 // ---- bytes with bytes ---------------------------------------------------------------------------
 template <class B>
-inline F32 dot_super(const Weights& w, const PackedSuper& x, F32 acc) {
+MLA_INLINE F32 dot_super(const Weights& w, const PackedSuper& x, F32 acc) {
   const F32x16 scale = w.scale * load_f32x16(x.scale);
   F32 odd = zero();  // two chains, or the latency of the FMAs would be the limit
 #pragma GCC unroll 16
@@ -85,10 +84,12 @@ inline void row_q8(const MatmulTile& t, int64_t n, int first) {
 #pragma GCC unroll 8
     for (int i = 0; i < n_x; ++i) acc[i] = dot_super<B>(w, x[i][s], acc[i]);
   }
-  if (t.k % block::kSuper != 0) {
-    unpack_tail(b, t.k % block::kSuper, w);
+  if constexpr (kBlockElems<B> < block::kSuper) {
+    if (t.k % block::kSuper != 0) {
+      unpack_tail(b, t.k % block::kSuper, w);
 #pragma GCC unroll 8
-    for (int i = 0; i < n_x; ++i) acc[i] = dot_super<B>(w, x[i][n_full], acc[i]);
+      for (int i = 0; i < n_x; ++i) acc[i] = dot_super<B>(w, x[i][n_full], acc[i]);
+    }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < n_x; ++i) finish(t, first + i, n, acc[i]);
@@ -100,41 +101,102 @@ void matmul_q8(const MatmulTile& t) noexcept {
 }
 
 // ---- floats with floats -------------------------------------------------------------------------
-template <Format format, int n_x>
-inline void row_f32(const MatmulTile& t, int64_t n, int first) {
-  alignas(64) float buffer[kChunk];
-  const std::byte* row = t.w + n * t.w_row_bytes;
-  F32 even[n_x], odd[n_x];
-#pragma GCC unroll 8
-  for (int i = 0; i < n_x; ++i) even[i] = odd[i] = zero();
-  for (int64_t begin = 0; begin < t.k; begin += kChunk) {
-    const int64_t size = smaller(kChunk, t.k - begin);
-    const float* w = Decode<format>::chunk(row, begin, size, buffer);
-    const float* x[n_x];
-#pragma GCC unroll 8
-    for (int i = 0; i < n_x; ++i) x[i] = reinterpret_cast<const float*>(t.x[first + i]) + begin;
-    int64_t j = 0;
-    for (; j + 2 * kLanes <= size; j += 2 * kLanes) {
-      const F32 w0 = load(w + j), w1 = load(w + j + kLanes);
-#pragma GCC unroll 8
-      for (int i = 0; i < n_x; ++i) {
-        even[i] = w0 * load(x[i] + j) + even[i];
-        odd[i] = w1 * load(x[i] + j + kLanes) + odd[i];
+// Two rows of w at a time: each load of x, which comes from the second-level cache, meets both.
+inline constexpr int kRowsW = 2;
+// Rows of x that share one decoded chunk of w; their sums, in memory between chunks, are 8 KiB.
+inline constexpr int kPassX = 32;
+// Rows of x whose sums are in registers at once: 2 * 2 of each, half of all registers.
+inline constexpr int kBlockX = kLanes == 16 ? 4 : 2;
+
+struct Sums {  // of one row of w with one of x: two chains, or latency would be the limit
+  F32 even, odd;
+};
+
+using PassSums = Sums[kRowsW][kPassX];
+
+template <int n_w, int n_x>
+void add_products(const float* const* w, const std::byte* const* x, int first, int64_t begin,
+                  int64_t size, PassSums& sums) {
+  const float* xs[n_x];
+  Sums s[n_w][n_x];
+#pragma GCC unroll 4
+  for (int i = 0; i < n_x; ++i) {
+    xs[i] = reinterpret_cast<const float*>(x[first + i]) + begin;
+#pragma GCC unroll 2
+    for (int r = 0; r < n_w; ++r) s[r][i] = sums[r][first + i];
+  }
+  int64_t j = 0;
+  for (; j + 2 * kLanes <= size; j += 2 * kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < n_x; ++i) {
+      const F32 x0 = load(xs[i] + j), x1 = load(xs[i] + j + kLanes);
+#pragma GCC unroll 2
+      for (int r = 0; r < n_w; ++r) {
+        s[r][i].even = load(w[r] + j) * x0 + s[r][i].even;
+        s[r][i].odd = load(w[r] + j + kLanes) * x1 + s[r][i].odd;
       }
     }
-    for (; j < size; j += kLanes) {
-#pragma GCC unroll 8
-      for (int i = 0; i < n_x; ++i) even[i] = load(w + j) * load(x[i] + j) + even[i];
+  }
+  for (; j < size; j += kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < n_x; ++i) {
+#pragma GCC unroll 2
+      for (int r = 0; r < n_w; ++r) {
+        s[r][i].even = load(w[r] + j) * load(xs[i] + j) + s[r][i].even;
+      }
     }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < n_x; ++i) finish(t, first + i, n, even[i] + odd[i]);
+#pragma GCC unroll 4
+  for (int i = 0; i < n_x; ++i) {
+#pragma GCC unroll 2
+    for (int r = 0; r < n_w; ++r) sums[r][first + i] = s[r][i];
+  }
+}
+
+template <int n_w>
+void add_all_products(const float* const* w, const std::byte* const* x, int n_x, int64_t begin,
+                      int64_t size, PassSums& sums) {
+  int i = 0;
+  for (; i + kBlockX <= n_x; i += kBlockX) {
+    add_products<n_w, kBlockX>(w, x, i, begin, size, sums);
+  }
+  for (; i < n_x; ++i) add_products<n_w, 1>(w, x, i, begin, size, sums);
+}
+
+// Rows [n, n + n_w) of w with rows [first, first + n_x) of x.
+template <Format format>
+void rows_f32(const MatmulTile& t, int64_t n, int n_w, int first, int n_x) {
+  alignas(64) float buffer[kRowsW][kChunk];
+  PassSums sums;
+  for (int r = 0; r < n_w; ++r) {
+    for (int i = 0; i < n_x; ++i) sums[r][i] = {zero(), zero()};
+  }
+  for (int64_t begin = 0; begin < t.k; begin += kChunk) {
+    const int64_t size = smaller(kChunk, t.k - begin);
+    const float* w[kRowsW];
+    for (int r = 0; r < n_w; ++r) {
+      const std::byte* row = t.w + (n + r) * t.w_row_bytes;
+      w[r] = Decode<format>::chunk(row, begin, size, buffer[r]);
+    }
+    if (n_w == kRowsW) {
+      add_all_products<kRowsW>(w, t.x + first, n_x, begin, size, sums);
+    } else {
+      add_all_products<1>(w, t.x + first, n_x, begin, size, sums);
+    }
+  }
+  for (int r = 0; r < n_w; ++r) {
+    for (int i = 0; i < n_x; ++i) finish(t, first + i, n + r, sums[r][i].even + sums[r][i].odd);
+  }
 }
 
 template <Format format>
 void matmul_f32(const MatmulTile& t) noexcept {
-  for_tiles(t,
-            [&](int64_t n, int first, auto count) { row_f32<format, count.value>(t, n, first); });
+  for (int64_t n = t.n_begin; n < t.n_end; n += kRowsW) {
+    const int n_w = static_cast<int>(smaller(kRowsW, t.n_end - n));
+    for (int i = 0; i < t.n_x; i += kPassX) {
+      rows_f32<format>(t, n, n_w, i, static_cast<int>(smaller(kPassX, t.n_x - i)));
+    }
+  }
 }
 
 // ---- bf16 with bf16 -----------------------------------------------------------------------------

@@ -23,20 +23,20 @@ struct Weights {
   F32x16 min;  // set only if the format has_min
 };
 
-inline U8x16 from_words(uint64_t low, uint64_t high) {
+MLA_INLINE U8x16 from_words(uint64_t low, uint64_t high) {
   typedef uint64_t U64x2 __attribute__((vector_size(16)));
   return (U8x16)(U64x2{low, high});
 }
-inline U8x16 twice_low(U8x16 x) {
+MLA_INLINE U8x16 twice_low(U8x16 x) {
   return __builtin_shufflevector(x, x, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
 }
-inline U8x16 twice_high(U8x16 x) {
+MLA_INLINE U8x16 twice_high(U8x16 x) {
   return __builtin_shufflevector(x, x, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15);
 }
-inline U8x32 load32(const void* p) { return load_as<U8x32>(p); }
-inline uint32_t word(const void* p) { return load_as<uint32_t>(p); }
+MLA_INLINE U8x32 load32(const void* p) { return load_as<U8x32>(p); }
+MLA_INLINE uint32_t word(const void* p) { return load_as<uint32_t>(p); }
 // 16 packed bytes -> the low nibbles, then the high ones.
-inline U8x32 nibbles16(const uint8_t* p) {
+MLA_INLINE U8x32 nibbles16(const uint8_t* p) {
   const U8x16 low = load_as<U8x16>(p);
   typedef uint16_t U16x8 __attribute__((vector_size(16)));
   const U8x16 high = (U8x16)((U16x8)low >> 4);
@@ -47,7 +47,7 @@ inline U8x32 nibbles16(const uint8_t* p) {
 
 // Field of eight small blocks, each twice: one per group of 16.
 template <class B>
-inline F32x16 eight_halves(const B* b, block::half B::*field) {
+MLA_INLINE F32x16 eight_halves(const B* b, block::half B::*field) {
   typedef uint16_t U16x8 __attribute__((vector_size(16)));
   const U16x8 h = {b[0].*field, b[1].*field, b[2].*field, b[3].*field,
                    b[4].*field, b[5].*field, b[6].*field, b[7].*field};
@@ -61,7 +61,7 @@ template <class B>
 struct Unpack;
 
 template <class B, class Bits>
-inline void small_blocks(const B* b, Bytes* q, Bits bits) {
+MLA_INLINE void small_blocks(const B* b, Bytes* q, Bits bits) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) put_pair(q, i, bits(b[2 * i]), bits(b[2 * i + 1]));
 }
@@ -69,7 +69,7 @@ inline void small_blocks(const B* b, Bytes* q, Bits bits) {
 template <>
 struct Unpack<block::Q4_0> {
   static constexpr bool is_signed = false, has_min = true;
-  static void unpack(const block::Q4_0* b, Weights& w) {
+  static MLA_INLINE void unpack(const block::Q4_0* b, Weights& w) {
     small_blocks(b, w.q, [](const block::Q4_0& x) { return nibbles16(x.qs); });
     w.scale = eight_halves(b, &block::Q4_0::d);
     w.min = 8.0f * w.scale;
@@ -79,7 +79,7 @@ struct Unpack<block::Q4_0> {
 template <>
 struct Unpack<block::Q4_1> {
   static constexpr bool is_signed = false, has_min = true;
-  static void unpack(const block::Q4_1* b, Weights& w) {
+  static MLA_INLINE void unpack(const block::Q4_1* b, Weights& w) {
     small_blocks(b, w.q, [](const block::Q4_1& x) { return nibbles16(x.qs); });
     w.scale = eight_halves(b, &block::Q4_1::d);
     w.min = -1.0f * eight_halves(b, &block::Q4_1::m);
@@ -89,7 +89,7 @@ struct Unpack<block::Q4_1> {
 template <>
 struct Unpack<block::Q5_0> {
   static constexpr bool is_signed = false, has_min = true;
-  static void unpack(const block::Q5_0* b, Weights& w) {
+  static MLA_INLINE void unpack(const block::Q5_0* b, Weights& w) {
     small_blocks(b, w.q, [](const block::Q5_0& x) {
       return nibbles16(x.qs) | bits_to_bytes(word(x.qh), 16);
     });
@@ -101,7 +101,7 @@ struct Unpack<block::Q5_0> {
 template <>
 struct Unpack<block::Q5_1> {
   static constexpr bool is_signed = false, has_min = true;
-  static void unpack(const block::Q5_1* b, Weights& w) {
+  static MLA_INLINE void unpack(const block::Q5_1* b, Weights& w) {
     small_blocks(b, w.q, [](const block::Q5_1& x) {
       return nibbles16(x.qs) | bits_to_bytes(word(x.qh), 16);
     });
@@ -113,7 +113,7 @@ struct Unpack<block::Q5_1> {
 template <>
 struct Unpack<block::Q8_0> {
   static constexpr bool is_signed = true, has_min = false;
-  static void unpack(const block::Q8_0* b, Weights& w) {
+  static MLA_INLINE void unpack(const block::Q8_0* b, Weights& w) {
     small_blocks(b, w.q, [](const block::Q8_0& x) { return load32(x.qs); });
     w.scale = eight_halves(b, &block::Q8_0::d);
   }
@@ -122,7 +122,7 @@ struct Unpack<block::Q8_0> {
 template <>
 struct Unpack<block::IQ4_NL> {
   static constexpr bool is_signed = true, has_min = false;
-  static void unpack(const block::IQ4_NL* b, Weights& w) {
+  static MLA_INLINE void unpack(const block::IQ4_NL* b, Weights& w) {
     small_blocks(b, w.q, [](const block::IQ4_NL& x) {
       return lookup16(block::kIq4Levels, nibbles16(x.qs));
     });
@@ -133,7 +133,7 @@ struct Unpack<block::IQ4_NL> {
 template <>
 struct Unpack<block::Q2_K> {
   static constexpr bool is_signed = false, has_min = true;
-  static void unpack(const block::Q2_K* b, Weights& w) {
+  static MLA_INLINE void unpack(const block::Q2_K* b, Weights& w) {
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
       const U8x32 bits = load32(b->qs + 32 * h);
@@ -147,7 +147,7 @@ struct Unpack<block::Q2_K> {
 };
 
 // 16 scales of 6 bits, less 32: see block::k3_scale, here four bytes at a time.
-inline U8x16 k3_scales(const uint8_t* s) {
+MLA_INLINE U8x16 k3_scales(const uint8_t* s) {
   const uint32_t a = word(s), b = word(s + 4), high = word(s + 8);
   const uint32_t low4 = 0x0f0f0f0f, low2 = 0x03030303;
   const uint32_t s0 = (a & low4) | ((high & low2) << 4);
@@ -161,7 +161,7 @@ inline U8x16 k3_scales(const uint8_t* s) {
 template <>
 struct Unpack<block::Q3_K> {
   static constexpr bool is_signed = false, has_min = true;
-  static void unpack(const block::Q3_K* b, Weights& w) {
+  static MLA_INLINE void unpack(const block::Q3_K* b, Weights& w) {
     const U8x32 mask = load32(b->hmask);
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
@@ -182,7 +182,7 @@ struct Unpack<block::Q3_K> {
 };
 
 // 8 scales, then 8 mins, of 6 bits: see block::k4_scale, here four bytes at a time.
-inline U8x16 k4_scales(const uint8_t* s) {
+MLA_INLINE U8x16 k4_scales(const uint8_t* s) {
   const uint32_t a = word(s), b = word(s + 4), c = word(s + 8);
   const uint32_t low6 = 0x3f3f3f3f, low4 = 0x0f0f0f0f, top2 = 0x30303030;
   const uint32_t s1 = (c & low4) | ((a >> 2) & top2);
@@ -194,7 +194,7 @@ inline U8x16 k4_scales(const uint8_t* s) {
 template <>
 struct Unpack<block::Q4_K> {
   static constexpr bool is_signed = false, has_min = true;
-  static void unpack(const block::Q4_K* b, Weights& w) {
+  static MLA_INLINE void unpack(const block::Q4_K* b, Weights& w) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const U8x32 bits = load32(b->qs + 32 * i);
@@ -209,7 +209,7 @@ struct Unpack<block::Q4_K> {
 template <>
 struct Unpack<block::Q5_K> {
   static constexpr bool is_signed = false, has_min = true;
-  static void unpack(const block::Q5_K* b, Weights& w) {
+  static MLA_INLINE void unpack(const block::Q5_K* b, Weights& w) {
     const U8x32 qh = load32(b->qh);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -228,7 +228,7 @@ struct Unpack<block::Q5_K> {
 template <>
 struct Unpack<block::Q6_K> {
   static constexpr bool is_signed = false, has_min = true;
-  static void unpack(const block::Q6_K* b, Weights& w) {
+  static MLA_INLINE void unpack(const block::Q6_K* b, Weights& w) {
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
       const U8x32 l0 = load32(b->ql + 64 * h);
@@ -245,7 +245,7 @@ struct Unpack<block::Q6_K> {
 };
 
 // 8 scales of 6 bits, less 32: nibbles and bit pairs are moved apart to a byte each.
-inline U8x16 iq4_scales(const block::IQ4_XS* b) {
+MLA_INLINE U8x16 iq4_scales(const block::IQ4_XS* b) {
   uint64_t low = word(b->scales_l);
   low = (low | low << 16) & 0x0000ffff0000ffff;
   low = (low | low << 8) & 0x00ff00ff00ff00ff;
@@ -260,7 +260,7 @@ inline U8x16 iq4_scales(const block::IQ4_XS* b) {
 template <>
 struct Unpack<block::IQ4_XS> {
   static constexpr bool is_signed = true, has_min = false;
-  static void unpack(const block::IQ4_XS* b, Weights& w) {
+  static MLA_INLINE void unpack(const block::IQ4_XS* b, Weights& w) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       put_pair(w.q, i, lookup16(block::kIq4Levels, nibbles16(b->qs + 32 * i)),
@@ -287,7 +287,7 @@ template <class B>
 inline constexpr bool kIsSigned = Unpack<B>::is_signed && !kSignedByOffset;
 
 template <class B>
-inline void unpack(const B* b, Weights& w) {
+MLA_INLINE void unpack(const B* b, Weights& w) {
   Unpack<B>::unpack(b, w);
   if constexpr (kOffset<B>) {
     for (int p = 0; p < kParts; ++p) w.q[p] ^= uint8_t{0x80};
@@ -297,7 +297,7 @@ inline void unpack(const B* b, Weights& w) {
 
 // The last n_elems < 256 of a row of small blocks; the rest counts as zero.
 template <class B>
-inline void unpack_tail(const B* b, int64_t n_elems, Weights& w) {
+__attribute__((noinline)) void unpack_tail(const B* b, int64_t n_elems, Weights& w) {
   B padded[block::kSuper / kBlockElems<B>] = {};
   std::memcpy(padded, b, static_cast<size_t>(n_elems / kBlockElems<B>) * sizeof(B));
   unpack(padded, w);

@@ -25,6 +25,9 @@
 
 #include "base/half.h"
 
+// For what works on registers: a call would pass them through memory.
+#define MLA_INLINE inline __attribute__((always_inline))
+
 #if defined(MLA_ISA_AVX512BF16) || defined(MLA_ISA_AVX512VNNI)
 #include "backends/cpu/simd/avx512.h"
 #elif defined(MLA_ISA_AVX2)
