@@ -78,10 +78,11 @@ FloatRows dequantize(const ByteRows& bytes, const std::string& name, int64_t k, 
 }  // namespace
 
 void register_quant(py::module_& m) {
-  m.def("quantize", &quantize, py::arg("x").noconvert(), py::arg("format"), py::arg("threads") = 0,
-        "float32 [rows, k], C-contiguous -> uint8 [rows, row_bytes]. 0 threads: one per core. Raises "
-        "FormatError for numbers that the format cannot hold, ShapeError where k is no multiple of "
-        "the block.");
+  m.def(
+      "quantize", &quantize, py::arg("x").noconvert(), py::arg("format"), py::arg("threads") = 0,
+      "float32 [rows, k], C-contiguous -> uint8 [rows, row_bytes]. 0 threads: one per core. Raises "
+      "FormatError for numbers that the format cannot hold, ShapeError where k is no multiple of "
+      "the block.");
   m.def("dequantize", &dequantize, py::arg("data").noconvert(), py::arg("format"), py::arg("k"),
         py::arg("threads") = 0,
         "uint8 [rows, row_bytes], C-contiguous -> float32 [rows, k]. 0 threads: one per core.");
