@@ -16,12 +16,12 @@ import numpy.typing as npt
 import pytest
 from gguf import GGUFReader
 from gguf.quants import dequantize
+from mla_backend.convert.mixes import mix_named
 from mla_backend.errors import FormatError, UsageError
 from mla_backend.formats import by_name
 from mla_backend.gguf import read_gguf
 from mla_backend.gguf.writer import NewTensor, write_gguf
 from mla_backend.synth import MIXES, SHAPES, shape_named, write_model
-from mla_backend.synth.mix import mix_named
 from mla_backend.synth.tensors import plan_tensors
 from mla_backend.synth.vocabulary import make_vocabulary
 from mla_backend.synth.weights import WeightSource

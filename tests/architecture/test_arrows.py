@@ -102,7 +102,7 @@ ARROWS = {
     "tokenizer": {"gguf"},
     "sampling": set(),
     "convert": {"config", "gguf", "formats", "_core"},
-    "synth": {"gguf", "formats", "_core"},
+    "synth": {"convert", "gguf", "formats", "_core"},
     "gguf": {"formats"},
     "formats": {"_core"},
     "errors": set(),

@@ -5,7 +5,7 @@ The files have the names, shapes, types and metadata keys of real ones; their te
 
 from __future__ import annotations
 
-from .mix import MIXES
+from ..convert.mixes import MIXES
 from .shapes import SHAPES, ModelShape, shape_named
 from .write import write_model
 

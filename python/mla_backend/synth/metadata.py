@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..convert.mixes import Mix
 from ..gguf.types import Value
-from .mix import Mix
 from .shapes import ModelShape
 from .tensors import Layout
 from .vocabulary import Vocabulary

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from .mix import Mix, tensor_format
+from ..convert.mixes import Mix, MixFacts, tensor_format
 from .shapes import ModelShape
 
 #: Deviation of the logits: as in trained models, a few tokens stand out and most do not.
@@ -38,21 +38,19 @@ def plan_tensors(shape: ModelShape, mix: Mix, layout: Layout) -> list[Plan]:
     for layer in range(shape.n_layer):
         block = [*_attention(shape, layout), *_feed_forward(shape, layer)]
         plans += [
-            Plan(f"blk.{layer}.{plan.name}", plan.format, plan.shape, plan.std, plan.mean)
+            replace(plan, name=f"blk.{layer}.{plan.name}")
             for plan in sorted(block, key=lambda plan: plan.name)
         ]
-    return [_with_format(plan, mix, shape) for plan in plans]
-
-
-def _with_format(plan: Plan, mix: Mix, shape: ModelShape) -> Plan:
-    """Small and delicate tensors keep F32, the matrices take what the mix says."""
-    if len(plan.shape) == 1 or plan.format:
-        return Plan(plan.name, "F32", plan.shape, plan.std, plan.mean)
-    layer = int(plan.name.split(".")[1]) if plan.name.startswith("blk.") else 0
-    chosen = tensor_format(
-        mix, plan.name, plan.shape, layer=layer, n_layer=shape.n_layer, tied=shape.tied
+    facts = MixFacts(
+        n_layer=shape.n_layer,
+        n_expert=shape.n_expert,
+        n_head=shape.n_head,
+        n_head_kv=shape.n_head if layout == "legacy" else 1,
+        tied=shape.tied,
     )
-    return Plan(plan.name, chosen, plan.shape, plan.std, plan.mean)
+    return [
+        replace(plan, format=tensor_format(mix, plan.name, plan.shape, facts)) for plan in plans
+    ]
 
 
 def _matrix(name: str, *shape: int, fan_in: int | None = None) -> Plan:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..convert.mixes import mix_named
 from ..errors import UsageError
 from ..gguf.types import Value
 from ..gguf.writer import Chunk, NewTensor, write_gguf
 from .metadata import metadata
-from .mix import mix_named
 from .shapes import ModelShape, shape_named
 from .tensors import Layout, Plan, plan_tensors, split_kv_b
 from .vocabulary import make_vocabulary
