@@ -11,7 +11,7 @@ from . import _core
 from .cache import BLOCK_CELLS, CACHE_TYPES, LatentCache, bytes_per_position, cache_bytes
 from .chat import ChatTemplate
 from .config import ModelConfig, config_from_gguf
-from .errors import MlaError, TokenizerError, UsageError
+from .errors import MlaError, UsageError
 from .gguf import GGUFFile, TensorInfo, read_gguf
 from .loading import Weights, is_stored_on_network
 from .memory import active_weight_bytes, choose_context, oversize_note
@@ -183,7 +183,7 @@ def _plan(
     choice = choose_context(config, n_ctx, cache_type, file.n_bytes, cache_in_file=False)
     mapped = mmap and not any(is_stored_on_network(path) for path in file.paths)
     workspace, widened = _workspace_bytes(
-        file, config, infos, cache_type, precision, min(n_batch, choice.n_ctx)
+        file, config, infos, choice.n_ctx, cache_type, precision, n_batch
     )
     copied = widened + (0 if mapped else file.n_bytes)
     available = _core.available_memory_bytes()
@@ -208,20 +208,25 @@ def _workspace_bytes(
     file: GGUFFile,
     config: ModelConfig,
     infos: dict[str, TensorInfo],
+    n_ctx: int,
     cache_type: str,
     precision: str,
     n_batch: int,
 ) -> tuple[int, int]:
     """Bytes of intermediates, and of weights kept in another form: (workspace, copies).
 
-    The graphs are planned as at load, over a cache of one block and mapped weights of which hardly
-    a page is read.
+    The graphs are planned as at load, over mapped weights of which hardly a page is read, and a
+    cache that is never written, so that it takes no memory.
     """
     backend = _core.CpuBackend(_core.ThreadPool(0), "")
-    sources = [_core.MappedFile(str(path)) for path in file.paths]
-    weights = Weights(file, infos, sources, mapped=True)
+    weights = Weights(
+        file, infos, [_core.MappedFile(str(path)) for path in file.paths], mapped=True
+    )
     engine = Engine(config, weights, _core.Workspace([backend]), precision, "auto")
-    cache = LatentCache(config, BLOCK_CELLS, cache_type, backend=backend)
+    n_batch = min(n_batch, n_ctx)
+    if cache_bytes(config, cache_type, n_ctx) > _core.available_memory_bytes():
+        n_ctx = BLOCK_CELLS  # all but some kilobytes show with a small one as well
+    cache = LatentCache(config, n_ctx, cache_type, backend=backend)
     runner = Runner(engine, cache)
     for n_tokens in (n_batch, 1):
         runner.prepare(BatchShape(n_tokens, 1, 1))
@@ -261,9 +266,7 @@ def _tokenizer_facts(metadata: Mapping[str, object]) -> TokenizerFacts | None:
         template = ChatTemplate.from_metadata(
             metadata, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
         )
-    except TokenizerError:
-        return None
-    except MlaError:  # a template that is no text
+    except MlaError:  # also a template that is no text
         return None
     return TokenizerFacts(
         model=tokenizer.model,

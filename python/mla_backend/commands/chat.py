@@ -11,7 +11,7 @@ import typer
 from ..errors import ContextError, SessionError, TemplateError, TokenizerError
 from .console import Console, stats_text
 from .line_input import LineInput
-from .loading import load_model
+from .loading import check_place, load_model
 from .options import ConsoleOptions, ContextOptions, ModelOptions, ModelPath, SamplingOptions
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def chat(
     """Talk to a model; it remembers the conversation. Thinking is shown dim, on stderr."""
     from .dialogue import Dialogue
 
+    check_place(options.session)
     console = Console(console_options)
     with load_model(path.path, context, model_options, console) as model:
         dialogue = Dialogue(model, system=options.system, template_options=options.template_options)

@@ -11,7 +11,6 @@ from .options import ContextOptions, DebugOptions, JsonOptions, ModelPath
 from .units import bytes_text, count_text
 
 if TYPE_CHECKING:
-    from ..config import ModelConfig
     from ..inspection import MemoryPlan, ModelReport, TokenizerFacts
 
 Line = tuple[str, str]
@@ -56,7 +55,7 @@ def _as_text(report: ModelReport) -> str:
             "parameters",
             f"{count_text(report.n_params)}, {count_text(report.n_params_active)} per token",
         ),
-        *_config_lines(report.config),
+        *_config_lines(report),
         *_tokenizer_lines(report.tokenizer),
         *_tensor_lines(report),
         *_cache_lines(report),
@@ -65,7 +64,8 @@ def _as_text(report: ModelReport) -> str:
     return "".join(f"{name + ':' if name else '':12} {text}\n" for name, text in lines)
 
 
-def _config_lines(config: ModelConfig) -> Iterator[Line]:
+def _config_lines(report: ModelReport) -> Iterator[Line]:
+    config = report.config
     if config.layout == "split":
         yield "layout", "split (new): attn_k_b and attn_v_b"
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import UsageError
 from .console import Console
 from .options import ContextOptions, ModelOptions
 from .units import bytes_text
@@ -37,8 +38,14 @@ def load_model(
     console.progress.clear()
     console.notes(model.notes)
     console.detail(memory_text(model))
-    console.detail(f"computing with {model.n_threads} threads, {model.isa}")
+    console.detail(f"threads: {model.n_threads}, instruction set: {model.isa}")
     return model
+
+
+def check_place(path: Path | None) -> None:
+    """Raise UsageError where a file cannot be written later on for want of its directory."""
+    if path is not None and not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no directory {path.parent}")
 
 
 def memory_text(model: Model) -> str:

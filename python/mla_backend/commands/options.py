@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +38,7 @@ class Attention(StrEnum):
     expanded = "expanded"
 
 
-class Layout(StrEnum):
+class Layout(Enum):
     """How a file stores the expansion of the latent."""
 
     split = "split"

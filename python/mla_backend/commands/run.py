@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import Console, stats_text, write_json
-from .loading import load_model, model_facts
+from .loading import check_place, load_model, model_facts
 from .options import (
     ConsoleOptions,
     ContextOptions,
@@ -73,6 +73,7 @@ def run(
 ) -> None:
     """Continue a prompt. Only the continuation goes to stdout."""
     file, prompt = path.path, read_prompt(options.prompt, options.file)
+    check_place(options.session)
     console = Console(console_options, as_json=output.as_json)
     with load_model(file, context, model_options, console) as model:
         _load_session(model, options.session, console)
