@@ -184,7 +184,7 @@ void bind_products(py::class_<PyGraph>& graph) {
             const Routing r = route(*g.graph, logits.node, raw(bias), attrs);
             return std::make_pair(wrap(g, r.ids), wrap(g, r.weights));
           },
-          arg("logits"), arg("bias") = kNone, arg("n_used"), arg("gating") = "softmax",
+          arg("logits"), arg("bias").none(true), arg("n_used"), arg("gating") = "softmax",
           arg("n_groups") = 1, arg("n_groups_used") = 1, arg("group_score") = "max",
           arg("normalize") = false, arg("scale") = 1.0f, "-> (ids, weights)");
 }

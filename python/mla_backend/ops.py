@@ -195,8 +195,13 @@ def rope(
     if frequencies is None:
         exponents = np.arange(0, width - width % 2, 2, dtype=np.float64) / max(width, 1)
         frequencies = (base**-exponents).astype(np.float32)
-    operands = [call.operand("x", x), call.operand("positions", positions)]
-    return call.run(call.graph.rope(*operands, call.operand("frequencies", frequencies), scale))[0]
+    node = call.graph.rope(
+        call.operand("x", x),
+        call.operand("positions", positions),
+        call.operand("frequencies", frequencies),
+        scale,
+    )
+    return call.run(node)[0]
 
 
 def softmax(x: Array, mask: F32 | None = None, scale: float = 1.0, **where: Unpack[Where]) -> F32:
@@ -341,7 +346,7 @@ def _span(mode: str, q_nope: F32, latent: F32, v_b: Weight) -> I32:
     return np.array([[0, 0, n_tokens, 0, n_cells, modes[mode]]], np.int32)
 
 
-def _cache(call: _Call, latent: F32, k_rope: F32, cache_type: str) -> list[_core.Node]:
+def _cache(call: _Call, latent: F32, k_rope: F32, cache_type: str) -> tuple[_core.Node, _core.Node]:
     """Write all positions into a new cache: the nodes of its two planes."""
     stored = by_name(cache_type)
     n_cells = latent.shape[0]
@@ -353,9 +358,13 @@ def _cache(call: _Call, latent: F32, k_rope: F32, cache_type: str) -> list[_core
     ):
         memory = np.zeros(format.n_bytes((room, width)), np.uint8)
         planes.append(call.graph.state("cache", _core.Tensor(memory, format.name, [room, width])))
-    operands = [call.operand("latent", latent), call.operand("k_rope", k_rope)]
-    cells = call.operand("cells", np.arange(n_cells, dtype=np.int32))
-    return list(call.graph.cache_write(*planes, *operands, cells))
+    return call.graph.cache_write(
+        planes[0],
+        planes[1],
+        call.operand("latent", latent),
+        call.operand("k_rope", k_rope),
+        call.operand("cells", np.arange(n_cells, dtype=np.int32)),
+    )
 
 
 def mla_attention(
@@ -385,11 +394,13 @@ def mla_attention(
         raise ShapeError("mla_attention: q_nope and v_b must have 3 dims, latent and k_rope 2")
     span = _span(mode, q_nope, latent, v_b)
     n_blocks = -(-latent.shape[0] // _BLOCK_CELLS)
-    operands = [call.operand("q_nope", q_nope), call.operand("q_rope", q_rope)]
-    operands += _cache(call, latent, k_rope, cache_type)
-    operands += [call.operand("k_b", k_b), call.operand("v_b", v_b), call.operand("spans", span)]
     node = call.graph.mla_attention(
-        *operands,
+        call.operand("q_nope", q_nope),
+        call.operand("q_rope", q_rope),
+        *_cache(call, latent, k_rope, cache_type),
+        call.operand("k_b", k_b),
+        call.operand("v_b", v_b),
+        call.operand("spans", span),
         call.operand("block_table", np.arange(n_blocks, dtype=np.int32)[None]),
         scale=scale,
         k_b_transposed=k_b_transposed,
