@@ -130,7 +130,7 @@ class ReferenceModel:
         if "ffn_gate_inp" not in w:
             return _gated(x, w["ffn_gate"], w["ffn_up"], w["ffn_down"])
         sigmoid = int(self._key("expert_gating_func", 1)) == 2
-        bias = w["exp_probs_b", "bias"] if ("exp_probs_b", "bias") in w else None
+        bias = w.bias("exp_probs_b")
         ids, weights = route(
             x @ w["ffn_gate_inp"].T,  # type: ignore[arg-type]
             bias,  # type: ignore[arg-type]
@@ -158,15 +158,17 @@ class _Layer:
     def __init__(self, weights: dict[str, F64], layer: int) -> None:
         self._weights, self._layer = weights, layer
 
-    def _full(self, name: str | tuple[str, str]) -> str:
-        short, kind = name if isinstance(name, tuple) else (name, "weight")
-        return f"blk.{self._layer}.{short}.{kind}"
+    def _full(self, name: str, kind: str = "weight") -> str:
+        return f"blk.{self._layer}.{name}.{kind}"
 
-    def __getitem__(self, name: str | tuple[str, str]) -> F64:
+    def __getitem__(self, name: str) -> F64:
         return self._weights[self._full(name)]
 
-    def __contains__(self, name: str | tuple[str, str]) -> bool:
+    def __contains__(self, name: str) -> bool:
         return self._full(name) in self._weights
+
+    def bias(self, name: str) -> F64 | None:
+        return self._weights.get(self._full(name, "bias"))
 
 
 def _rms(x: F64, weight: F64, eps: float) -> F64:
