@@ -222,7 +222,7 @@ def _workspace_bytes(
     weights = Weights(
         file, infos, [_core.MappedFile(str(path)) for path in file.paths], mapped=True
     )
-    engine = Engine(config, weights, _core.Workspace([backend]), precision, "auto")
+    engine = Engine(config, weights, _core.Workspace([backend]), precision, "auto", backend.isa)
     n_batch = min(n_batch, n_ctx)
     if cache_bytes(config, cache_type, n_ctx) > _core.available_memory_bytes():
         n_ctx = BLOCK_CELLS  # all but some kilobytes show with a small one as well

@@ -124,7 +124,9 @@ class Model:
         options = LoadOptions(mmap=mmap, mlock=mlock, threads=threads or 4)
         plan = _LoadPlan(file, config, infos, cache_type, n_ctx, kv_file, options)
         weights = load_weights(file, infos, plan.options, on_progress)
-        engine = Engine(config, weights, _core.Workspace([backend]), precision, attention)
+        engine = Engine(
+            config, weights, _core.Workspace([backend]), precision, attention, backend.isa
+        )
         return cls(plan, engine, backend, n_batch)
 
     def __init__(

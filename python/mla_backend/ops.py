@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mla_backend import _core
+from mla_backend.attention_mode import MODES, AttentionMode, HeadDims, expands
 from mla_backend.errors import FormatError, ShapeError, UnsupportedError, UsageError
 from mla_backend.formats import by_name
 from mla_backend.quant_tensor import QuantTensor, quantize
@@ -83,11 +84,11 @@ def _pool(n_threads: int) -> _core.ThreadPool:
     return _core.ThreadPool(n_threads)
 
 
-def _cpu(isa: str, n_threads: int) -> _core.Backend:
+def _cpu(isa: str, n_threads: int) -> _core.CpuBackend:
     return _core.CpuBackend(_pool(n_threads), isa)
 
 
-_BACKENDS: dict[str, Callable[[str, int], _core.Backend]] = {"cpu": _cpu}
+_BACKENDS: dict[str, Callable[[str, int], _core.CpuBackend]] = {"cpu": _cpu}
 
 
 def _memory(array: Array) -> tuple[Array, int]:
@@ -127,7 +128,9 @@ class _Call:
         if threads is not None and threads < 1:
             raise UsageError(f"{op}: threads is {threads}, accepted is 1 or more")
         self._op = op
-        self._workspace = _core.Workspace([make(isa or "", threads or 0)])
+        device = make(isa or "", threads or 0)
+        self.isa = device.isa
+        self._workspace = _core.Workspace([device])
         self.graph = _core.Graph()
 
     def operand(self, name: str, value: Weight) -> _core.Node:
@@ -321,29 +324,14 @@ def swiglu_matmul(
 # ---- attention -----------------------------------------------------------------------------------
 
 
-def _expands(n_tokens: int, n_cells: int, latent: int, head: int) -> bool:
-    """Whether expanding keys and values takes fewer multiplications than absorbing k_b and v_b.
-
-    For each head, with ``head`` = N + V: T S 2C + T C (N + V) against T S (N + V) + S C (N + V).
-    """
-    absorbed = n_tokens * latent * (2 * n_cells + head)
-    return absorbed > n_cells * head * (n_tokens + latent)
-
-
-def _span(mode: str, q_nope: F32, latent: F32, v_b: Weight) -> I32:
+def _span(mode: AttentionMode, dims: HeadDims, n_tokens: int, n_cells: int, isa: str) -> I32:
     """All queries as the last positions of sequence 0; see Span in csrc/graph/ops.h."""
-    n_tokens, n_cells = q_nope.shape[0], latent.shape[0]
     if not 0 < n_tokens <= n_cells:
         raise ShapeError(f"mla_attention: {n_tokens} query tokens of {n_cells} positions")
-    head = q_nope.shape[2] + v_b.shape[1]
-    modes = {
-        "auto": _expands(n_tokens, n_cells, latent.shape[1], head),
-        "absorbed": False,
-        "expanded": True,
-    }
-    if mode not in modes:
-        raise UnsupportedError(f"mla_attention: mode {mode!r}, accepted is {', '.join(modes)}")
-    return np.array([[0, 0, n_tokens, 0, n_cells, modes[mode]]], np.int32)
+    if mode not in MODES:
+        raise UnsupportedError(f"mla_attention: mode {mode!r}, accepted is {', '.join(MODES)}")
+    expanded = expands(dims, mode, n_tokens, n_cells, isa)
+    return np.array([[0, 0, n_tokens, 0, n_cells, expanded]], np.int32)
 
 
 def _cache(call: _Call, latent: F32, k_rope: F32, cache_type: str) -> tuple[_core.Node, _core.Node]:
@@ -376,7 +364,7 @@ def mla_attention(
     v_b: Weight,
     *,
     scale: float,
-    mode: Literal["auto", "absorbed", "expanded"] = "auto",
+    mode: AttentionMode = "auto",
     cache_type: str = "F32",
     k_b_transposed: bool = False,
     precision: Precision = "fast",
@@ -392,7 +380,8 @@ def mla_attention(
     call = _Call("mla_attention", **where)
     if [np.ndim(a) for a in (q_nope, latent, k_rope)] != [3, 2, 2] or len(v_b.shape) != 3:
         raise ShapeError("mla_attention: q_nope and v_b must have 3 dims, latent and k_rope 2")
-    span = _span(mode, q_nope, latent, v_b)
+    dims = HeadDims(latent.shape[1], q_nope.shape[2], k_rope.shape[1], v_b.shape[1])
+    span = _span(mode, dims, q_nope.shape[0], latent.shape[0], call.isa)
     n_blocks = -(-latent.shape[0] // _BLOCK_CELLS)
     node = call.graph.mla_attention(
         call.operand("q_nope", q_nope),

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mla_backend import _core
-from mla_backend.attention_mode import AttentionMode, expands
+from mla_backend.attention_mode import AttentionMode, HeadDims, expands
 from mla_backend.cache import CacheSequence, LatentCache
 from mla_backend.config import ModelConfig
 from mla_backend.errors import ShapeError
@@ -53,6 +53,7 @@ class Engine:
     workspace: _core.Workspace
     precision: str
     attention: AttentionMode
+    isa: str
     lock: CallLock = field(default_factory=lambda: CallLock(_BUSY))
 
 
@@ -118,7 +119,7 @@ class Runner:
             sequence, n = piece.sequence, len(piece.ids)
             new_cells = self._cache.reserve(sequence, n)
             seen = sequence.n_cells + n
-            expanded = expands(self._engine.config, self._engine.attention, n, seen)
+            expanded = self._expands(n, seen)
             spans[index] = (sequence.row, first, n, sequence.first_cell, seen, expanded)
             ids = np.append(ids, np.asarray(piece.ids, np.int32))
             positions = np.append(positions, sequence.next_position + np.arange(n, dtype=np.int32))
@@ -133,6 +134,11 @@ class Runner:
             "block_table": self._cache.block_table,
         }
         return inputs | ({"rows": rows.astype(np.int32)} if shape.n_outputs else {})
+
+    def _expands(self, n_tokens: int, n_cells: int) -> bool:
+        engine, config = self._engine, self._engine.config
+        dims = HeadDims(config.kv_lora_rank, config.d_nope, config.d_rope, config.d_value)
+        return expands(dims, engine.attention, n_tokens, n_cells, engine.isa)
 
     def _executor(self, shape: BatchShape) -> _core.Executor:
         found = self._executors.get(shape)

@@ -71,7 +71,6 @@ def test_backends_do_not_know_each_other() -> None:
 # Files that share a layer's name share its arrows: the layer is split for size, not for meaning.
 LAYER = {
     "__main__": "cli",
-    "attention_mode": "session",
     "cache": "session",
     "chat": "tokenizer",
     "config_keys": "config",
@@ -93,9 +92,10 @@ ARROWS = {
     "commands": {"model", "convert", "gguf", "synth"},
     "server": {"model"},
     "model": {"generator", "session"},
-    "ops": {"_core", "formats"},
+    "ops": {"_core", "formats", "attention_mode"},
+    "attention_mode": set(),
     "generator": {"session", "sampling", "tokenizer"},
-    "session": {"models", "weights", "config", "gguf", "_core"},
+    "session": {"attention_mode", "models", "weights", "config", "gguf", "_core"},
     "models": {"weights", "config", "_core"},
     "weights": {"config", "gguf", "_core"},
     "config": {"gguf"},
@@ -112,6 +112,7 @@ ARROWS = {
 EXTRA = {
     # The public face loads the file: it hands the parts to each other and keeps none of their work.
     ("model", "_core"),
+    ("model", "attention_mode"),
     ("model", "config"),
     ("model", "gguf"),
     ("model", "models"),
@@ -123,6 +124,8 @@ EXTRA = {
     ("commands", "generator"),
     ("commands", "tokenizer"),
     ("generator", "_core"),
+    # What the converter writes, the tokenizer reads: one table of pre-tokenizers and token types.
+    ("convert", "tokenizer"),
     # Cache types are formats.
     ("session", "formats"),
 }
