@@ -40,9 +40,7 @@ MLA_INLINE U8x32 nibbles16(const uint8_t* p) {
   const U8x16 low = load_as<U8x16>(p);
   typedef uint16_t U16x8 __attribute__((vector_size(16)));
   const U8x16 high = (U8x16)((U16x8)low >> 4);
-  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
-                                 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31) &
-         15;
+  return concat(low & 15, high & 15);
 }
 
 // Field of eight small blocks, each twice: one per group of 16.

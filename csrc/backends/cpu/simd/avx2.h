@@ -65,6 +65,9 @@ inline F32x16 widen_f16(U16x16 x) {
            (F32)_mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)x, 1))}};
 }
 
+inline U8x32 concat(U8x16 low, U8x16 high) {
+  return (U8x32)_mm256_set_m128i((__m128i)high, (__m128i)low);
+}
 inline U8x32 lookup16(const int8_t* table, U8x32 index) {
   const __m128i row = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
   return (U8x32)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(row), (__m256i)index);

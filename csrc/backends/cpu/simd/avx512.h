@@ -52,6 +52,9 @@ inline F32x16 widen_u8(U8x16 x) { return {{to_f32((I32)_mm512_cvtepu8_epi32((__m
 inline F32x16 widen_s8(U8x16 x) { return {{to_f32((I32)_mm512_cvtepi8_epi32((__m128i)x))}}; }
 inline F32x16 widen_f16(U16x16 x) { return {{(F32)_mm512_cvtph_ps((__m256i)x)}}; }
 
+inline U8x32 concat(U8x16 low, U8x16 high) {
+  return (U8x32)_mm256_set_m128i((__m128i)high, (__m128i)low);
+}
 inline U8x32 lookup16(const int8_t* table, U8x32 index) {
   const __m128i row = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
   return (U8x32)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(row), (__m256i)index);

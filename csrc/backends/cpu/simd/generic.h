@@ -18,10 +18,17 @@ namespace mla::cpu::MLA_ISA {
 namespace {
 
 inline float f16_to_f32(uint16_t h) { return half_to_float(h); }
+// Moved to where a float has them, the bits of a half mean 2^-112 of its value, subnormals
+// included; only infinities and NaNs need their exponent filled up.
 inline F32 load_f16(const uint16_t* p) {
-  F32 v;
-  for (int i = 0; i < kLanes; ++i) v[i] = half_to_float(p[i]);
-  return v;
+  typedef uint16_t U16 __attribute__((vector_size(kLanes * 2)));
+  U16 h;
+  std::memcpy(&h, p, sizeof h);
+  const I32 wide = __builtin_convertvector(h, I32);
+  const I32 magnitude = (wide & 0x7fff) << 13;
+  const I32 special = (magnitude >= (0x7c00 << 13)) & 0x7f800000;
+  const I32 bits = std::bit_cast<I32>(std::bit_cast<F32>(magnitude) * set1(0x1p112f));
+  return std::bit_cast<F32>(bits | special | ((wide & 0x8000) << 16));
 }
 inline void store_f16(uint16_t* p, F32 v) {
   for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(v[i]);
@@ -70,33 +77,60 @@ inline void put_pair(Bytes* q, int pair, U8x32 a, U8x32 b) {
       __builtin_shufflevector(b, b, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
 }
 inline F32 spread(const F32x16& x, int part) { return set1(x.v[part >> 2][part & 3]); }
-inline F32x16 widen_u8(U8x16 x) {
+template <class Narrow>
+inline F32x16 widen_bytes(const Narrow* p) {  // int8_t or uint8_t
+  typedef Narrow Four __attribute__((vector_size(kLanes)));
   F32x16 out;
-  for (int i = 0; i < 16; ++i) out.v[i >> 2][i & 3] = static_cast<float>(x[i]);
-  return out;
-}
-inline F32x16 widen_s8(U8x16 x) {
-  F32x16 out;
-  for (int i = 0; i < 16; ++i) {
-    out.v[i >> 2][i & 3] = static_cast<float>(static_cast<int8_t>(x[i]));
+  for (int i = 0; i < kSixteen; ++i) {
+    Four four;
+    std::memcpy(&four, p + i * kLanes, sizeof four);
+    out.v[i] = to_f32(__builtin_convertvector(four, I32));
   }
   return out;
 }
+inline F32x16 widen_u8(U8x16 x) { return widen_bytes(reinterpret_cast<const uint8_t*>(&x)); }
+inline F32x16 widen_s8(U8x16 x) { return widen_bytes(reinterpret_cast<const int8_t*>(&x)); }
 inline F32x16 widen_f16(U16x16 x) {
+  uint16_t h[16];
+  std::memcpy(h, &x, sizeof h);
   F32x16 out;
-  for (int i = 0; i < 16; ++i) out.v[i >> 2][i & 3] = half_to_float(x[i]);
+  for (int i = 0; i < kSixteen; ++i) out.v[i] = load_f16(h + i * kLanes);
   return out;
 }
 
-inline U8x32 lookup16(const int8_t* table, U8x32 index) {
-  U8x32 out;
-  for (int i = 0; i < 32; ++i) out[i] = static_cast<uint8_t>(table[index[i]]);
+// From here on in halves of 16 bytes: the compiler takes comparisons of wider vectors apart into
+// single bytes.
+inline U8x32 concat(U8x16 low, U8x16 high) {
+  const U8x16 both[2] = {low, high};
+  return load_as<U8x32>(both);
+}
+inline U8x16 lookup16_half(const int8_t* table, U8x16 index) {
+#if defined(__aarch64__)
+  return (U8x16)vqtbl1q_u8(vld1q_u8(reinterpret_cast<const uint8_t*>(table)), (uint8x16_t)index);
+#else
+  U8x16 out = {};
+  for (int i = 0; i < 16; ++i) {
+    const U8x16 here = (U8x16)(index == static_cast<uint8_t>(i));
+    out |= here & static_cast<uint8_t>(table[i]);
+  }
   return out;
+#endif
+}
+inline U8x32 lookup16(const int8_t* table, U8x32 index) {
+  U8x16 half[2];
+  std::memcpy(half, &index, sizeof half);
+  return concat(lookup16_half(table, half[0]), lookup16_half(table, half[1]));
+}
+// Each byte of bits is copied eight times, and each copy keeps another bit.
+inline U8x16 bits_to_bytes_half(uint32_t bits, uint8_t value) {
+  typedef uint64_t U64x2 __attribute__((vector_size(16)));
+  const uint64_t copies = 0x0101010101010101;
+  const U64x2 bytes = {(bits & 255) * copies, (bits >> 8 & 255) * copies};
+  const U8x16 kept = (U8x16)(bytes & uint64_t{0x8040201008040201});
+  return (U8x16)(kept != 0) & value;
 }
 inline U8x32 bits_to_bytes(uint32_t bits, uint8_t value) {
-  U8x32 out;
-  for (int i = 0; i < 32; ++i) out[i] = (bits >> i) & 1 ? value : 0;
-  return out;
+  return concat(bits_to_bytes_half(bits, value), bits_to_bytes_half(bits >> 16, value));
 }
 
 }  // namespace

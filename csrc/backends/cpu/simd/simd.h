@@ -14,6 +14,7 @@
 //   put_pair(Bytes*, pair, U8x32, U8x32)  groups 2 pair and 2 pair + 1 of 32 bytes, into registers
 //   F32 spread(F32x16, part)          one number per 16 bytes -> the lanes of register `part`
 //   F32x16 widen_u8, widen_s8(U8x16), widen_f16(U16x16)
+//   U8x32 concat(U8x16 low, U8x16 high)
 //   U8x32 lookup16(table of 16, index), bits_to_bytes(bits, value): value where the bit is set
 //   F32 dot_bf16(acc, w, x)           2 kLanes bf16 products; only if kHasBf16Dot
 #pragma once
