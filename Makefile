@@ -74,16 +74,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-STUBGEN = $(BIN)/python -m pybind11_stubgen mla_backend._core --ignore-all-errors
 stubs: build $(VENV)/.dev
-	rm -rf build/stubs
-	$(STUBGEN) -o build/stubs
-	cp build/stubs/mla_backend/_core.pyi python/mla_backend/_core.pyi
+	$(BIN)/python tools/make_stubs.py python/mla_backend/_core.pyi
 
 check-stubs: build $(VENV)/.dev
-	rm -rf build/stubs
-	$(STUBGEN) -o build/stubs
-	diff -u python/mla_backend/_core.pyi build/stubs/mla_backend/_core.pyi
+	$(BIN)/python tools/make_stubs.py --check python/mla_backend/_core.pyi
 
 dist: $(VENV)/.dev
 	$(BIN)/python -m build

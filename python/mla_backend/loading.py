@@ -7,10 +7,10 @@ the file is read in parallel instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 
@@ -23,10 +23,8 @@ _PREFETCH_STEP: Final = 64 << 20
 _TABLE_ROLES: Final = ("F16", "BF16")
 
 
-class _Source(Protocol):
-    """A shard's bytes: _core.MappedFile or _core.LoadedFile."""
-
-    def check(self) -> None: ...
+#: A shard's bytes.
+_Source = _core.MappedFile | _core.LoadedFile
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,11 @@ class Weights:
     """
 
     def __init__(
-        self, file: GGUFFile, infos: Mapping[str, TensorInfo], sources: list[_Source], mapped: bool
+        self,
+        file: GGUFFile,
+        infos: Mapping[str, TensorInfo],
+        sources: Sequence[_Source],
+        mapped: bool,
     ) -> None:
         self._sources = sources
         self._tensors: dict[str, _core.Tensor] = {}
