@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from mla_backend import _core, formats
 from mla_backend.config import ModelConfig
-from mla_backend.errors import ContextError, MemoryLimitError, ShapeError, UsageError
+from mla_backend.errors import ContextError, DeviceError, MemoryLimitError, ShapeError, UsageError
 from mla_backend.models.inputs import CacheLayout, CachePlanes
 from mla_backend.models.rope import rope_frequencies
 
@@ -114,6 +114,8 @@ class LatentCache:
         self._config = config
         self._backend = backend
         self._memory = _allocate(self.total_bytes, kv_file)
+        # A file's pages are shared with forked children, which must not write there.
+        self._only_pid = None if kv_file is None else os.getpid()
         self.layout = self._make_layout(max_sequences)
         self._frequencies = rope_frequencies(config)
         self._users = [0] * self.n_blocks
@@ -213,6 +215,7 @@ class LatentCache:
         if sequence.first_position + delta < 0:
             raise ShapeError(f"shift by {delta} from position {sequence.first_position}")
         if delta and sequence.n_cells:
+            self._check_process()
             self._own(sequence, range(len(sequence.blocks)))
             cells = self.cells(sequence, 0, sequence.n_cells)
             for planes in self.layout.layers:
@@ -229,6 +232,7 @@ class LatentCache:
             raise ShapeError(f"drop [{begin}, {end}) of {sequence.n_cells} positions")
         moved = sequence.n_cells - end
         if begin < end and moved:
+            self._check_process()
             first = (sequence.first_cell + begin) // BLOCK_CELLS
             self._own(sequence, range(first, len(sequence.blocks)))
             source = self.cells(sequence, end, moved)
@@ -249,6 +253,7 @@ class LatentCache:
         ``commit`` makes them part of the sequence. Raises ContextError, and changes nothing, where
         the cache has no room.
         """
+        self._check_process()
         used = sequence.first_cell + sequence.n_cells
         n_blocks = -(-(used + n_tokens) // BLOCK_CELLS)
         n_new = max(n_blocks - len(sequence.blocks), 0)
@@ -301,6 +306,12 @@ class LatentCache:
 
     def _cells_of_layers(self) -> npt.NDArray[np.uint8]:
         return self._memory.reshape(self._config.n_layer, self.n_cells, self._cell_bytes)
+
+    def _check_process(self) -> None:
+        if self._only_pid not in (None, os.getpid()):
+            raise DeviceError(
+                "the cache is a file of the parent process; load the model in the child"
+            )
 
     # ---- blocks ---------------------------------------------------------------------------------
 
