@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from mla_backend.attention_mode import expands
+from mla_backend.attention_mode import HeadDims, expands
 from mla_backend.cache import bytes_per_position
 from mla_backend.config import ModelConfig, config_from_gguf
 from mla_backend.gguf import TensorInfo, read_gguf
@@ -72,7 +72,8 @@ class CostModel:
         """Scores and weighted sums of causal attention, and expanding the past where that pays."""
         c = self.config
         pairs = n_tokens * (depth + (n_tokens + 1) / 2)
-        if not expands(c, "auto", n_tokens, depth + n_tokens):
+        dims = HeadDims(c.kv_lora_rank, c.d_nope, c.d_rope, c.d_value)
+        if not expands(dims, "auto", n_tokens, depth + n_tokens, isa=""):
             per_layer = pairs * 2 * (2 * c.kv_lora_rank + c.d_rope)
         else:
             per_layer = pairs * 2 * (c.d_key + c.d_value)
