@@ -163,7 +163,7 @@ class _Generation:
             limit = min(limit, options.max_tokens)
         started = time.perf_counter()
         try:
-            logits = session.feed(
+            logits = session.feed_prompt(
                 self._prompt[self._stats.n_reused :],
                 cancel=options.cancel,
                 on_progress=options.on_progress,
@@ -171,7 +171,7 @@ class _Generation:
             self._stats = replace(self._stats, prompt_seconds=time.perf_counter() - started)
             started = time.perf_counter()
             while self._stats.n_generated < limit:
-                sampled = self._sampler.sample(logits[-1], session.tokens)
+                sampled = self._sampler.sample(logits, session.tokens)
                 session.sampler_state = self._sampler.state()
                 self._stats = replace(
                     self._stats,
@@ -182,7 +182,7 @@ class _Generation:
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
-                logits = session.feed([sampled.token], cancel=options.cancel)
+                logits = session.feed([sampled.token], cancel=options.cancel)[-1]
             yield self._closing("length")
         except CancelledError:
             yield self._closing("cancelled")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from mla_backend.runner import Logits, Piece, Runner
 from mla_backend.session_file import SavedSession, read_session, write_session
 
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class _PromptEnd:
+    """Logits [vocab] after the first ``n_tokens`` tokens."""
+
+    n_tokens: int
+    logits: Logits
 
 
 class Session:
@@ -39,6 +48,7 @@ class Session:
         self._sequence = cache.add()
         self.tokens: list[int] = []
         self.sampler_state: dict[str, Any] | None = None
+        self._prompt_end: _PromptEnd | None = None
 
     @property
     def n_ctx(self) -> int:
@@ -110,26 +120,53 @@ class Session:
             raise ShapeError(f"token id {bad}; accepted are 0 to {self._n_vocab - 1}")
 
     def reuse(self, ids: Sequence[int]) -> int:
-        """Go back to the longest prefix shared with ``ids``, one short of all of it.
+        """Go back to the longest prefix shared with ``ids``.
 
-        Returns how many of ``ids`` need not be fed again.
+        Returns how many of ``ids`` need not be fed again: all of them where they are the last
+        prompt, else all but one at most, because the last one gives the logits.
         """
-        limit = min(len(ids) - 1, len(self.tokens))
+        limit = min(len(ids), len(self.tokens))
         shared = 0
         while shared < limit and self.tokens[shared] == ids[shared]:
             shared += 1
+        if shared == len(ids) and (self._prompt_end is None or self._prompt_end.n_tokens != shared):
+            shared -= 1
         self.truncate(shared)
         return shared
+
+    def feed_prompt(
+        self,
+        ids: Sequence[int],
+        *,
+        cancel: _core.CancelToken | None = None,
+        on_progress: Progress | None = None,
+    ) -> Logits:
+        """Feed what ``reuse`` left of a prompt -> logits after it, float32 [vocab].
+
+        They are kept: the same prompt again takes no pass, and its answer the same way, so that
+        equal seeds give equal texts. Raises as ``feed`` does.
+        """
+        if ids or self._prompt_end is None:
+            last = self.feed(ids, cancel=cancel, on_progress=on_progress)[-1]
+            self._prompt_end = _PromptEnd(len(self.tokens), last)
+        return self._prompt_end.logits
 
     def truncate(self, n_tokens: int) -> None:
         """Forget all but the first ``n_tokens``."""
         self._cache.truncate(self._sequence, n_tokens)
         del self.tokens[n_tokens:]
+        self._forget_prompt_end(n_tokens)
+
+    def _forget_prompt_end(self, n_kept: int) -> None:
+        if self._prompt_end is not None and self._prompt_end.n_tokens > n_kept:
+            self._prompt_end = None
 
     def drop(self, begin: int, end: int) -> None:
         """Forget tokens [begin, end); later ones move up. See ``LatentCache.drop``."""
         self._cache.drop(self._sequence, begin, end)
         del self.tokens[begin:end]
+        if begin < end:
+            self._forget_prompt_end(begin)
 
     def fork(self) -> Session:
         """A second session with the same past, in the same cache."""
