@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import typing
 import typing_extensions
-__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Workspace', 'available_isas', 'available_memory_bytes', 'compiled_isas', 'copy_cells', 'dequantize', 'formats', 'is_network_fs', 'quantize', 'rotate_rope', 'usable_cpus', 'usable_physical_cores']
+__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Workspace', 'available_isas', 'available_memory_bytes', 'compiled_isas', 'copy_cells', 'dequantize', 'formats', 'is_network_fs', 'quantize', 'requantize', 'rotate_rope', 'usable_cpus', 'usable_physical_cores']
 class Tensor:
     """
     A strided view over the memory of a buffer, which it keeps alive.
@@ -253,9 +253,13 @@ def is_network_fs(path: str) -> bool:
     """
     Whether the file system fetches pages over a network or from a user process.
     """
-def quantize(x: numpy.typing.NDArray[numpy.float32], format: str, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.typing.NDArray[numpy.uint8]:
+def quantize(x: numpy.typing.NDArray[numpy.float32], format: str, importance: numpy.typing.NDArray[numpy.float32] | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.typing.NDArray[numpy.uint8]:
     """
-    float32 [rows, k], C-contiguous -> uint8 [rows, row_bytes]. 0 threads: one per core. Raises FormatError for numbers that the format cannot hold, ShapeError where k is no multiple of the block.
+    float32 [rows, k], C-contiguous -> uint8 [rows, row_bytes], the same bytes on every machine. importance: float32 [k], how much the squared error of each column counts. 0 threads: one per core. Raises FormatError for numbers that the format cannot hold and for importance that is negative or not finite, ShapeError where k is no multiple of the block.
+    """
+def requantize(data: numpy.typing.NDArray[numpy.uint8], source: str, k: typing.SupportsInt | typing.SupportsIndex, target: str, importance: numpy.typing.NDArray[numpy.float32] | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.typing.NDArray[numpy.uint8]:
+    """
+    uint8 [rows, row_bytes] in the format `source` -> uint8 [rows, row_bytes] in `target`: quantize(dequantize(data)) without the floats between.
     """
 def rotate_rope(backend: CpuBackend, plane: Tensor, cells: typing.Annotated[numpy.typing.ArrayLike, numpy.int32], frequencies: typing.Annotated[numpy.typing.ArrayLike, numpy.float32], delta: typing.SupportsInt | typing.SupportsIndex) -> None:
     """

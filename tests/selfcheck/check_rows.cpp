@@ -104,7 +104,7 @@ void check_copy(const Machine& machine, Format format, Report& report) {
     }
   }
   std::vector<std::byte> bytes(static_cast<size_t>(mla::row_bytes(format, kRows * n)));
-  mla::encode(format, turned.data(), kRows * n, bytes.data());
+  encode(format, turned.data(), kRows * n, bytes.data());
   mla::decode(format, bytes.data(), kRows * n, turned.data());
   const int axes[] = {1, 0};
   mla::Node* y = copy(c.graph(), view_permute(c.graph(), c.input(x, {kRows, n}), axes), format);

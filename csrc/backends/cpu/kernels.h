@@ -79,11 +79,28 @@ struct RowTable {
 struct AttentionTile;
 struct AttentionTable;
 
+// ---- encoders -------------------------------------------------------------------------------
+// Elements [column, column + n) of rows with k elements each, counted on over the ends of rows:
+// n and column are whole blocks.
+struct EncodeRun {
+  const float* x;  // [n]
+  int64_t n;
+  const float* importance;  // [k], positive; null: all elements count alike
+  int64_t k, column;
+  std::byte* out;
+};
+// False where an element is not finite or a scale exceeds binary16; out is then incomplete.
+using EncodeKernel = bool (*)(const EncodeRun&) noexcept;
+struct EncodeTable {
+  EncodeKernel blocks[kFormatCount];  // null where the format is not quantized
+};
+
 struct KernelTable {
   std::string_view isa;
   const MatmulTable* matmul;
   const RowTable* row;
   const AttentionTable* attention;
+  const EncodeTable* encode;
 };
 
 }  // namespace mla::cpu
