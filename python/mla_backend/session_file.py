@@ -41,7 +41,10 @@ def write_session(path: Path, state: SavedSession, cells: npt.NDArray[np.uint8])
     """Write under a temporary name, then rename: a full disk leaves the old file as it was."""
     header = msgspec.json.encode(state)
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise SessionError(f"{path}: cannot be written: {error.strerror}") from error
     try:
         with os.fdopen(handle, "wb") as file:
             for part in (_MAGIC, _LENGTH.pack(len(header)), header, np.ascontiguousarray(cells)):
