@@ -14,14 +14,17 @@ import typer
 from typer.main import get_command
 
 from .commands.chat import chat
+from .commands.convert import convert
 from .commands.grouping import grouped
 from .commands.inspect import inspect
 from .commands.run import run
 from .commands.synth import synth
+from .commands.upgrade import upgrade
 from .commands.version import version
 from .errors import MlaError, UsageError
 
 PROGRAM = "mla-backend"
+COMMANDS = (run, chat, inspect, convert, upgrade, synth, version)
 
 # typer brings its own click or uses the installed one: either way, this is its base of everything
 # that is wrong with a command line.
@@ -37,7 +40,7 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    for command in (run, chat, inspect, synth, version):
+    for command in COMMANDS:
         app.command()(grouped(command))
     return app
 
@@ -79,7 +82,7 @@ def _report(error: Exception, arguments: list[str]) -> int:
 
 
 def _help_command(arguments: list[str]) -> str:
-    names = ("run", "chat", "inspect", "synth", "version")
+    names = [command.__name__ for command in COMMANDS]
     command = next((name for name in arguments[:1] if name in names), None)
     return " ".join([PROGRAM, *([command] if command else []), "--help"])
 

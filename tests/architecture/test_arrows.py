@@ -78,6 +78,7 @@ LAYER = {
     "loading": "session",
     "locks": "session",
     "memory": "session",
+    "planning": "model",
     "pretokenizers": "tokenizer",
     "quant_tensor": "ops",
     "runner": "session",
@@ -128,6 +129,9 @@ EXTRA = {
     ("convert", "tokenizer"),
     # Cache types are formats.
     ("session", "formats"),
+    # What a converted file says of its text is what the tokenizer here can read: one table of
+    # pre-tokenizers, one alphabet of bytes.
+    ("convert", "tokenizer"),
 }
 
 

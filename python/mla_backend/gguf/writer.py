@@ -1,7 +1,8 @@
 """Writing GGUF files: the header from plain values, the tensors as a stream of byte chunks.
 
 The file grows under a temporary name beside its target and is renamed when complete, so that a
-reader never sees half a file.
+reader never sees half a file. Who writes tensors in another order takes the layout of the file and
+fills it himself.
 """
 
 from __future__ import annotations
@@ -53,6 +54,21 @@ class NewTensor:
         return by_name(self.format).n_bytes(self.shape)
 
 
+@dataclass(frozen=True)
+class FileLayout:
+    """One file before its tensors are written.
+
+    Attributes:
+        header: its first bytes, padded to where the data begins.
+        offsets: first byte of each tensor in the file; between them are zeros.
+        n_bytes: size of the whole file.
+    """
+
+    header: bytes
+    offsets: tuple[int, ...]
+    n_bytes: int
+
+
 def write_gguf(
     path: str | Path,
     metadata: Mapping[str, Value | np.generic],
@@ -77,14 +93,45 @@ def write_gguf(
             not add up to its size.
     """
     path = Path(path)
-    header = _header(metadata, tensors)
-    data_bytes = sum(_padded(tensor.n_bytes) for tensor in tensors)
-    _check_disk(path, len(header) + data_bytes)
+    layout = lay_out(metadata, tensors)
+    check_disk(path, layout.n_bytes)
     with _replacing(path) as file:
-        file.write(header)
+        file.write(layout.header)
         for tensor in tensors:
             _write_tensor(file, tensor, chunks(tensor), on_bytes)
-    return len(header) + data_bytes
+    return layout.n_bytes
+
+
+def lay_out(metadata: Mapping[str, Value | np.generic], tensors: Sequence[NewTensor]) -> FileLayout:
+    """The header of a file, and where its tensors go. Arguments and errors as in write_gguf."""
+    header = _header(metadata, tensors)
+    offsets: list[int] = []
+    end = len(header)
+    for tensor in tensors:
+        offsets.append(end)
+        end += _padded(tensor.n_bytes)
+    return FileLayout(header, tuple(offsets), end)
+
+
+def shard_path(path: Path, index: int, count: int) -> Path:
+    """Where shard ``index``, from 0, of ``count`` goes: ``name-00001-of-0000N.gguf``.
+
+    One shard alone keeps the name ``path``.
+    """
+    if count == 1:
+        return path
+    return path.with_name(f"{path.name.removesuffix('.gguf')}-{index + 1:05d}-of-{count:05d}.gguf")
+
+
+def shard_keys(index: int, count: int, n_tensors: int) -> dict[str, np.generic]:
+    """The keys that join shards; none for one shard alone."""
+    if count == 1:
+        return {}
+    return {
+        "split.no": np.uint16(index),
+        "split.count": np.uint16(count),
+        "split.tensors.count": np.int32(n_tensors),
+    }
 
 
 def _write_tensor(
@@ -166,12 +213,14 @@ def _number_id(key: str, dtype: np.dtype[Any]) -> int:
     return type_id
 
 
-def _check_disk(path: Path, n_bytes: int) -> None:
+def check_disk(path: Path, n_bytes: int) -> None:
+    """Raise OSError (ENOSPC) unless the disk of ``path`` has room for ``n_bytes`` and a reserve."""
     free = shutil.disk_usage(path.absolute().parent).free
     if n_bytes + _DISK_RESERVE_BYTES > free:
         raise OSError(
             errno.ENOSPC,
-            f"{path} needs {n_bytes / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free",
+            f"needs {n_bytes / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free",
+            str(path),
         )
 
 

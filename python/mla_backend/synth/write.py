@@ -10,7 +10,7 @@ import numpy as np
 from ..convert.mixes import mix_named
 from ..errors import UsageError
 from ..gguf.types import Value
-from ..gguf.writer import Chunk, NewTensor, write_gguf
+from ..gguf.writer import Chunk, NewTensor, shard_keys, shard_path, write_gguf
 from .metadata import metadata
 from .shapes import ModelShape, shape_named
 from .tensors import Layout, Plan, plan_tensors, split_kv_b
@@ -75,19 +75,11 @@ class _Writer:
         self._total = sum(tensor.n_bytes for tensor in self._tensors)
 
     def write(self, path: Path, keys: dict[str, Value], shards: int) -> list[Path]:
-        if shards == 1:
-            write_gguf(path, keys, self._tensors, self._chunks, on_bytes=self._advance)
-            return [path]
         paths = []
         for index, tensors in enumerate(_divide(self._tensors, shards)):
-            name = f"{path.stem}-{index + 1:05d}-of-{shards:05d}.gguf"
-            split: dict[str, Value | np.generic] = {
-                "split.no": np.uint16(index),
-                "split.count": np.uint16(shards),
-                "split.tensors.count": np.int32(len(self._tensors)),
-            }
-            head = {**keys, **split} if index == 0 else split
-            target = path.with_name(name)
+            joint = shard_keys(index, shards, len(self._tensors))
+            head: dict[str, Value | np.generic] = {**(keys if index == 0 else {}), **joint}
+            target = shard_path(path, index, shards)
             write_gguf(target, head, tensors, self._chunks, on_bytes=self._advance)
             paths.append(target)
         return paths

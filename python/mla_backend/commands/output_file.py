@@ -1,0 +1,62 @@
+"""What the commands that write a model have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UsageError
+from .console import Console
+
+if TYPE_CHECKING:
+    from ..convert.output import OutputPlan
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """How files are written."""
+
+    split_max_size: Annotated[
+        str | None,
+        typer.Option(
+            "--split-max-size",
+            metavar="N[M|G]",
+            show_default=False,
+            help="Split into files of at most this much.",
+        ),
+    ] = None
+    threads: Annotated[
+        int | None,
+        typer.Option("-t", "--threads", min=1, show_default=False, help="Threads, else the cores."),
+    ] = None
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False
+
+
+def check_new(paths: Sequence[Path], *, force: bool) -> None:
+    """Raise UsageError where a path cannot be written, or exists and ``force`` is not given."""
+    for path in paths:
+        if path.is_dir():
+            raise UsageError(f"{path} is a directory; accepted: the name of a file")
+        if path.exists() and not force:
+            raise UsageError(f"{path} exists; --force replaces it")
+
+
+@contextmanager
+def resumable(printer: Console, plan: OutputPlan) -> Iterator[None]:
+    """Say that the work can go on, where it is interrupted with something to go on from."""
+    if plan.journal.exists():
+        printer.note("going on with the unfinished file of an earlier run")
+    try:
+        yield
+    except (KeyboardInterrupt, OSError):
+        if plan.journal.exists():
+            printer.note(
+                "unfinished: the same command goes on from here "
+                f"(what is done lies in {plan.shards[0].partial})"
+            )
+        raise
