@@ -86,10 +86,12 @@ class GenerationOptions:
     """How to go on from a prompt.
 
     Attributes:
-        max_tokens: None is until the model ends or the context is full.
+        max_tokens: None is until the model ends or the context is full; 0 only reads the prompt.
         sampling: see SamplingParams, stop strings and logprobs included.
         logits_processors: called as f(ids, logits) before each choice.
         ignore_eos: end tokens do not end the answer (for measurements).
+        cancel: ends the answer within a layer, from any thread; what was computed is kept.
+        on_progress: called as ("prefill", tokens done, tokens in all) after every chunk.
     """
 
     max_tokens: int | None = None
@@ -100,8 +102,19 @@ class GenerationOptions:
     on_progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 0:
-            raise UsageError(f"max_tokens {self.max_tokens}; accepted is 0 or more")
+        limit = self.max_tokens
+        if limit is not None and (not hasattr(limit, "__index__") or limit < 0):
+            raise UsageError(f"max_tokens {limit!r}; accepted are None and integers from 0")
+        if not isinstance(self.cancel, CancelToken | None):
+            raise UsageError(f"cancel {self.cancel!r}; accepted are None and a CancelToken")
+
+
+def check_prompt(prompt: Sequence[int], n_ctx: int) -> None:
+    """Raise UsageError for an empty prompt, ContextError for one longer than ``n_ctx``."""
+    if not prompt:
+        raise UsageError("the prompt is empty; give at least one token")
+    if len(prompt) > n_ctx:
+        raise ContextError(f"the prompt of {len(prompt)} tokens exceeds the context of {n_ctx}")
 
 
 def stream(
@@ -111,12 +124,9 @@ def stream(
 
     Raises, before computing, UsageError for an empty prompt and ContextError for one too long.
     """
-    if not prompt:
-        raise UsageError("the prompt is empty; give at least one token")
-    if len(prompt) > session.n_ctx:
-        raise ContextError(
-            f"the prompt of {len(prompt)} tokens exceeds the context of {session.n_ctx}"
-        )
+    check_prompt(prompt, session.n_ctx)
+    if options.sampling.stop and not tokenizer.can_decode:
+        raise UsageError("stop strings need text, and the file's tokenizer is not known here")
     return _Generation(session, tokenizer, list(prompt), options).run()
 
 
@@ -149,10 +159,14 @@ class _Generation:
         self._prompt = prompt
         self._options = options
         self._end_ids = frozenset() if options.ignore_eos else tokenizer.eos_ids
-        self._decoder = tokenizer.stream_decoder(skip_special=True)
+        # Without a known tokenizer there are ids and no text.
+        self._decoder = (
+            tokenizer.stream_decoder(skip_special=True) if tokenizer.can_decode else None
+        )
         self._stops = StopScanner(options.sampling.stop)
         self._sampler = Sampler(options.sampling, options.logits_processors)
-        if session.sampler_state is not None and options.sampling.seed is None:
+        goes_on = prompt[: len(session.tokens)] == session.tokens
+        if goes_on and session.sampler_state is not None and options.sampling.seed is None:
             self._sampler.restore(session.sampler_state)
         self._stats = Stats(len(prompt), session.reuse(prompt), 0, 0.0, 0.0)
 
@@ -192,7 +206,8 @@ class _Generation:
         if sampled.token in self._end_ids:
             text, reason = self._rest(), "stop"
         else:
-            text = self._stops.push(self._decoder.push(sampled.token))
+            piece = self._decoder.push(sampled.token) if self._decoder is not None else ""
+            text = self._stops.push(piece)
             if self._stops.found:
                 reason = "stop"
             elif last:
@@ -205,4 +220,5 @@ class _Generation:
         return Chunk(self._rest(), None, None, (), reason, self._stats)
 
     def _rest(self) -> str:
-        return self._stops.push(self._decoder.flush()) + self._stops.flush()
+        end = self._decoder.flush() if self._decoder is not None else ""
+        return self._stops.push(end) + self._stops.flush()

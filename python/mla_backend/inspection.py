@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import _core
-from .cache import BLOCK_CELLS, CACHE_TYPES, LatentCache, bytes_per_position, cache_bytes
+from .cache import BLOCK_CELLS, CACHE_TYPES, bytes_per_position, cache_bytes
 from .chat import ChatTemplate
 from .config import ModelConfig, config_from_gguf
 from .errors import MlaError, UsageError
 from .gguf import GGUFFile, TensorInfo, read_gguf
-from .loading import Weights, is_stored_on_network
+from .loading import is_stored_on_network
 from .memory import active_weight_bytes, choose_context, oversize_note
-from .models.inputs import BatchShape
+from .planning import planned_bytes
 from .pretokenizers import PRE_TOKENIZERS
-from .runner import Engine, Runner
 from .tokenizer import Tokenizer
 from .weights import check as check_weights
 
@@ -182,8 +181,15 @@ def _plan(
     per_position = bytes_per_position(config, cache_type)
     choice = choose_context(config, n_ctx, cache_type, file.n_bytes, cache_in_file=False)
     mapped = mmap and not any(is_stored_on_network(path) for path in file.paths)
-    workspace, widened = _workspace_bytes(
-        file, config, infos, choice.n_ctx, cache_type, precision, n_batch
+    workspace, widened = planned_bytes(
+        file,
+        config,
+        infos,
+        _core.CpuBackend(_core.ThreadPool(0), ""),
+        n_ctx=choice.n_ctx,
+        cache_type=cache_type,
+        precision=precision,
+        n_batch=n_batch,
     )
     copied = widened + (0 if mapped else file.n_bytes)
     available = _core.available_memory_bytes()
@@ -202,35 +208,6 @@ def _plan(
         note=choice.note,
         warning=oversize_note(file.n_bytes, active) if mapped else None,
     )
-
-
-def _workspace_bytes(
-    file: GGUFFile,
-    config: ModelConfig,
-    infos: dict[str, TensorInfo],
-    n_ctx: int,
-    cache_type: str,
-    precision: str,
-    n_batch: int,
-) -> tuple[int, int]:
-    """Bytes of intermediates, and of weights kept in another form: (workspace, copies).
-
-    The graphs are planned as at load, over mapped weights of which hardly a page is read, and a
-    cache that is never written, so that it takes no memory.
-    """
-    backend = _core.CpuBackend(_core.ThreadPool(0), "")
-    weights = Weights(
-        file, infos, [_core.MappedFile(str(path)) for path in file.paths], mapped=True
-    )
-    engine = Engine(config, weights, _core.Workspace([backend]), precision, "auto", backend.isa)
-    n_batch = min(n_batch, n_ctx)
-    if cache_bytes(config, cache_type, n_ctx) > _core.available_memory_bytes():
-        n_ctx = BLOCK_CELLS  # all but some kilobytes show with a small one as well
-    cache = LatentCache(config, n_ctx, cache_type, backend=backend)
-    runner = Runner(engine, cache)
-    for n_tokens in (n_batch, 1):
-        runner.prepare(BatchShape(n_tokens, 1, 1))
-    return engine.workspace.n_bytes, weights.copied_bytes
 
 
 def _count_formats(infos: Iterable[TensorInfo]) -> tuple[FormatCount, ...]:

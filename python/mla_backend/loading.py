@@ -33,14 +33,12 @@ class LoadOptions:
 
     Attributes:
         mmap: map the file; False reads it into memory of our own.
-        mlock: keep the pages from being evicted (needs the privilege).
-        prefetch: bring all pages in at load, with progress.
+        mlock: keep mapped pages from being evicted (needs the privilege).
         threads: for reading in parallel.
     """
 
     mmap: bool = True
     mlock: bool = False
-    prefetch: bool = True
     threads: int = 4
 
 
@@ -90,6 +88,21 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
+    def prefetch(self, on_progress: Progress | None = None) -> None:
+        """Bring the pages of mapped shards in, reporting ("load", bytes done, bytes in all)."""
+        report = on_progress or _ignore
+        done = 0
+        for source in self._sources:
+            if not isinstance(source, _core.MappedFile):
+                continue
+            for begin in range(0, source.size, _PREFETCH_STEP):
+                n_bytes = min(_PREFETCH_STEP, source.size - begin)
+                report("load", done, self.mapped_bytes)
+                source.prefetch(begin, n_bytes)
+                done += n_bytes
+        if done:
+            report("load", done, self.mapped_bytes)
+
     def check(self) -> None:
         """Raise DeviceError if a mapped file shrank or could not be read since the last call."""
         for source in self._sources:
@@ -104,38 +117,29 @@ def load_weights(
 ) -> Weights:
     """Map or read all shards of ``file`` and bind the tensors ``infos``.
 
-    ``on_progress(phase, done, total)`` gets the phase "load" and bytes.
-
-    Raises DeviceError where a file cannot be mapped or read.
+    Reading reports ("load", bytes done, bytes in all); mapping takes no time, ``Weights.prefetch``
+    does. Raises DeviceError where a file cannot be mapped or read.
     """
-    mapped = options.mmap and not any(is_stored_on_network(path) for path in file.paths)
-    total = sum(path.stat().st_size for path in file.paths)
-    report = on_progress or (lambda phase, done, total: None)
-    report("load", 0, total)
+    if options.mmap:
+        mapped = [_core.MappedFile(str(path), mlock=options.mlock) for path in file.paths]
+        return Weights(file, infos, mapped, mapped=True)
+    report = on_progress or _ignore
+    report("load", 0, file.n_bytes)
     sources: list[_Source] = []
     done = 0
-    for path in file.paths:
-        if mapped:
-            source = _core.MappedFile(str(path), mlock=options.mlock)
-            if options.prefetch:
-                _prefetch(source, done, total, report)
-            sources.append(source)
-        else:
-            sources.append(_read(path, options.threads, done, total, report))
-        done += path.stat().st_size
-    report("load", total, total)
-    return Weights(file, infos, sources, mapped)
+    for path, n_bytes in zip(file.paths, file.shard_bytes, strict=True):
+        sources.append(_read(path, options.threads, done, file.n_bytes, report))
+        done += n_bytes
+    report("load", file.n_bytes, file.n_bytes)
+    return Weights(file, infos, sources, mapped=False)
 
 
 def _read(path: Path, threads: int, before: int, total: int, report: Progress) -> _core.LoadedFile:
     return _core.LoadedFile(str(path), threads, lambda n, _: report("load", before + n, total))
 
 
-def _prefetch(source: _core.MappedFile, before: int, total: int, report: Progress) -> None:
-    for begin in range(0, source.size, _PREFETCH_STEP):
-        n_bytes = min(_PREFETCH_STEP, source.size - begin)
-        source.prefetch(begin, n_bytes)
-        report("load", before + begin + n_bytes, total)
+def _ignore(phase: str, done: int, total: int) -> None:
+    """Report to nobody."""
 
 
 def is_stored_on_network(path: Path) -> bool:

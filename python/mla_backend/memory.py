@@ -54,7 +54,9 @@ def choose_context(
     ``weights_bytes`` counts the weights, mapped or not: an automatic context leaves them room.
     """
     if n_ctx is not None:
-        return ContextChoice(n_ctx, None)
+        beyond = n_ctx > config.n_ctx_train
+        trained = f"context: {n_ctx} positions, more than the {config.n_ctx_train} trained"
+        return ContextChoice(n_ctx, trained if beyond else None)
     available = _core.available_memory_bytes()
     room = max(available - weights_bytes, available // 8) * _SHARE
     fits = int(room) // bytes_per_position(config, cache_type) // BLOCK_CELLS * BLOCK_CELLS

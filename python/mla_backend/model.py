@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import fields, replace
+from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -17,19 +18,20 @@ from mla_backend.cache import CACHE_TYPES, LatentCache, cache_bytes
 from mla_backend.chat import ChatTemplate, encode_chat
 from mla_backend.config import ModelConfig, config_from_gguf
 from mla_backend.errors import UsageError
-from mla_backend.generator import Chunk, Completion, GenerationOptions, complete, stream
-from mla_backend.gguf import GGUFFile, TensorInfo, read_gguf
-from mla_backend.loading import LoadOptions, Weights, is_stored_on_network, load_weights
-from mla_backend.locks import CallLock
-from mla_backend.memory import (
-    MemoryReport,
-    active_weight_bytes,
-    check_memory,
-    choose_context,
-    oversize_note,
-    report_memory,
+from mla_backend.generator import (
+    Chunk,
+    Completion,
+    GenerationOptions,
+    check_prompt,
+    complete,
+    stream,
 )
+from mla_backend.gguf import GGUFFile, TensorInfo, read_gguf
+from mla_backend.loading import LoadOptions, Weights, load_weights
+from mla_backend.locks import CallLock
+from mla_backend.memory import MemoryReport, check_memory, report_memory
 from mla_backend.models.inputs import BatchShape
+from mla_backend.planning import LoadPlan
 from mla_backend.runner import Engine, Logits, Runner
 from mla_backend.sampling import SamplingParams
 from mla_backend.session import Session
@@ -45,11 +47,10 @@ PRECISIONS: Final = ("fast", "exact")
 DEVICES: Final = ("auto", "cpu")
 #: Logits of all positions are computed in chunks whose rows stay below this.
 _LOGITS_BYTES: Final = 256 << 20
-#: How to get a file into the split layout.
-LEGACY_NOTE: Final = (
-    "the file has the legacy tensor layout (attn_kv_b); it runs as it is. "
-    "`mla-backend upgrade OLD.gguf NEW.gguf` rewrites it once into the split layout"
-)
+#: Positions and cells are 32-bit integers.
+_MAX_POSITIONS: Final = (1 << 31) - 64
+#: The most threads a pool takes.
+_MAX_THREADS: Final = 4096
 _BUSY: Final = (
     "a stream of this model is still open in this thread: finish it, close it, "
     "or use model.session() for a second one"
@@ -100,7 +101,7 @@ class Model:
             kv_file: a new file to hold the cache, for contexts larger than memory; it goes when
                 the model does.
             mmap: map the weights (files on network file systems are read all the same).
-            mlock: keep mapped weights in memory.
+            mlock: keep mapped weights in memory; DeviceError where the system refuses.
             isa: CPU instruction set; None is MLA_CPU_ISA or the best this CPU has.
             n_batch: tokens of a prompt computed at a time.
             on_progress: called as (phase, done, total): "load" in bytes, "prefill" in tokens.
@@ -109,28 +110,35 @@ class Model:
             ModelError: the file is damaged, incomplete, or no model this engine runs.
             MemoryLimitError: cache, workspace and copies exceed the memory available.
             UnsupportedError: the CPU lacks the ISA. UsageError: an argument has no such value.
+            TokenizerError, TemplateError: the metadata contradicts itself. A tokenizer that is
+                merely unknown here is a note: token ids still work.
         """
         _check_choice("attention", attention, MODES)
         _check_choice("precision", precision, PRECISIONS)
         _check_choice("device", device, DEVICES)
         _check_choice("cache_type", cache_type, CACHE_TYPES)
-        for name, value in (("n_ctx", n_ctx), ("threads", threads), ("n_batch", n_batch)):
-            if value is not None and value < 1:
-                raise UsageError(f"{name} {value}; accepted is 1 or more")
+        _check_count("n_ctx", n_ctx, _MAX_POSITIONS)
+        _check_count("threads", threads, _MAX_THREADS)
+        _check_count("n_batch", n_batch, _MAX_POSITIONS)
         backend = _core.CpuBackend(_core.ThreadPool(threads or 0), isa or "")
         file = read_gguf(path)
         config = config_from_gguf(file)
         infos = check_weights(config, file)
         options = LoadOptions(mmap=mmap, mlock=mlock, threads=threads or 4)
-        plan = _LoadPlan(file, config, infos, cache_type, n_ctx, kv_file, options)
+        plan = LoadPlan(file, config, infos, cache_type, n_ctx, kv_file, options)
+        if not plan.options.mmap:  # reading is long: what it would end in is known before
+            plan.check_memory(backend, precision, n_batch)
         weights = load_weights(file, infos, plan.options, on_progress)
         engine = Engine(
             config, weights, _core.Workspace([backend]), precision, attention, backend.isa
         )
-        return cls(plan, engine, backend, n_batch)
+        model = cls(plan, engine, backend, n_batch)
+        if plan.weights_fit:
+            weights.prefetch(on_progress)
+        return model
 
     def __init__(
-        self, plan: _LoadPlan, engine: Engine, backend: _core.CpuBackend, n_batch: int
+        self, plan: LoadPlan, engine: Engine, backend: _core.CpuBackend, n_batch: int
     ) -> None:
         """Use ``load``."""
         self.config: ModelConfig = plan.config
@@ -143,6 +151,8 @@ class Model:
         )
         self.n_ctx = plan.n_ctx
         self.notes: list[str] = plan.notes
+        if self.tokenizer.problem is not None:
+            self.notes.append(self.tokenizer.problem)
         self._cache_type = plan.cache_type
         self._kv_file = plan.kv_file
         self._engine = engine
@@ -202,9 +212,13 @@ class Model:
     def stream(self, prompt: Prompt, **options: Any) -> Chunks:
         """Like ``generate``, chunk by chunk. The model is busy until the stream ends or is closed.
 
-        A prefix that the last call computed is not computed again.
+        A prefix that the last call computed is not computed again. Errors of ``generate`` that
+        need no computing are raised here and not with the first chunk.
         """
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [*map(int, prompt)]
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt) if prompt else []  # BOS alone is no prompt
+        else:
+            ids = [index(i) for i in prompt]
         return self._stream(ids, options)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Completion:
@@ -216,6 +230,8 @@ class Model:
 
     def stream_chat(self, messages: Sequence[Message], **options: Any) -> Chunks:
         """Like ``chat``, chunk by chunk. Raises TemplateError where the template refuses."""
+        if not messages:
+            raise UsageError("the conversation is empty; give at least one message")
         extra = options.pop("template_options", {})
         ids = encode_chat(self.tokenizer, self.template.render(messages, **extra))
         return self._stream(ids, options)
@@ -225,6 +241,7 @@ class Model:
         parsed = _options(options)
         if session is not None:
             return stream(session, self.tokenizer, ids, parsed)
+        check_prompt(ids, self.n_ctx)
         return self._stream_own(ids, parsed)
 
     def _stream_own(self, ids: Sequence[int], options: GenerationOptions) -> Chunks:
@@ -244,7 +261,7 @@ class Model:
 
         Raises ContextError, ShapeError (no tokens, unknown ids), CancelledError.
         """
-        ids = [int(i) for i in token_ids]
+        ids = [index(i) for i in token_ids]
         n_batch = max(1, min(self._n_batch, _LOGITS_BYTES // (4 * self.config.n_vocab)))
         with self._calls:
             self._session.truncate(0)
@@ -259,6 +276,7 @@ class Model:
 
         Raises MemoryLimitError where another cache does not fit.
         """
+        _check_count("n_ctx", n_ctx, _MAX_POSITIONS)
         n_ctx = self.n_ctx if n_ctx is None else n_ctx
         extra = cache_bytes(self.config, self._cache_type, n_ctx)
         self._check_memory(extra, cache_in_file=False)
@@ -320,47 +338,6 @@ class Model:
         self.close()
 
 
-class _LoadPlan:
-    """What loading is going to take, decided before it begins."""
-
-    def __init__(
-        self,
-        file: GGUFFile,
-        config: ModelConfig,
-        infos: dict[str, TensorInfo],
-        cache_type: str,
-        n_ctx: int | None,
-        kv_file: str | Path | None,
-        options: LoadOptions,
-    ) -> None:
-        self.file = file
-        self.config = config
-        self.infos = infos
-        self.cache_type = cache_type
-        self.kv_file = Path(kv_file) if kv_file is not None else None
-        sizes = {name: info.n_bytes for name, info in infos.items()}
-        weights_bytes = sum(path.stat().st_size for path in file.paths)
-        in_file = kv_file is not None
-        choice = choose_context(config, n_ctx, cache_type, weights_bytes, cache_in_file=in_file)
-        self.n_ctx = choice.n_ctx
-        oversize = oversize_note(weights_bytes, active_weight_bytes(config, sizes))
-        legacy = LEGACY_NOTE if config.layout == "legacy" else None
-        self.notes = [note for note in (choice.note, oversize, legacy) if note is not None]
-        mapped = options.mmap and not any(is_stored_on_network(path) for path in file.paths)
-        self.options = replace(options, prefetch=oversize is None)
-        check_memory(
-            report_memory(
-                config,
-                cache_type,
-                self.n_ctx,
-                mapped_bytes=weights_bytes if mapped else 0,
-                copied_bytes=0 if mapped else weights_bytes,
-                workspace_bytes=0,
-            ),
-            cache_in_file=in_file,
-        )
-
-
 def _options(given: dict[str, Any]) -> GenerationOptions:
     """Split keyword options into those of the loop and those of the sampler."""
     sampling = given.pop("sampling", None) or SamplingParams()
@@ -371,6 +348,15 @@ def _options(given: dict[str, Any]) -> GenerationOptions:
         accepted = ", ".join(sorted(known | _SAMPLING_FIELDS | {"sampling"}))
         raise UsageError(f"unknown option {', '.join(unknown)}; accepted are {accepted}")
     return GenerationOptions(sampling=replace(sampling, **overrides), **given)
+
+
+def _check_count(name: str, value: int | None, most: int) -> None:
+    if value is None:
+        return
+    if not hasattr(value, "__index__") or value < 1:
+        raise UsageError(f"{name} {value!r}; accepted is 1 or more")
+    if value > most:
+        raise UsageError(f"{name} {value!r}; accepted is at most {most}")
 
 
 def _check_choice(name: str, value: str, accepted: Sequence[str]) -> None:

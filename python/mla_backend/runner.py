@@ -65,6 +65,11 @@ class Runner:
         self._cache = cache
         self._executors: OrderedDict[BatchShape, _core.Executor] = OrderedDict()
 
+    @property
+    def lock(self) -> CallLock:
+        """Held while the model runs; also for changes to caches between runs."""
+        return self._engine.lock
+
     def run(self, pieces: Sequence[Piece], cancel: _core.CancelToken | None = None) -> Logits:
         """One pass over all pieces, which may stand at different positions.
 

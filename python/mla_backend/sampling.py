@@ -41,7 +41,8 @@ class SamplingParams:
         repeat_last_n: how many tokens count as recent, the prompt included; -1 means all.
         frequency_penalty: subtracted once per recent occurrence.
         presence_penalty: subtracted once where there is any recent occurrence.
-        seed: 0 .. 2^64 - 1; None or -1 draws one, which ``Sampler.seed`` then tells.
+        seed: 0 .. 2^64 - 1; -1 draws one, which ``Sampler.seed`` then tells. So does None, except
+            where a prompt goes on from what its session holds: then the random numbers go on too.
         logprobs: how many most probable alternatives to report per token.
         logit_bias: added to the logits of single ids; -inf forbids a token.
         stop: texts that end generation; the sampler itself does not use them.

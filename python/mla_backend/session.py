@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mla_backend import _core
-from mla_backend.cache import LatentCache
-from mla_backend.errors import ContextError, SessionError, ShapeError
+from mla_backend.cache import CacheSequence, LatentCache
+from mla_backend.errors import ContextError, SessionError, ShapeError, UsageError
 from mla_backend.runner import Logits, Piece, Runner
 from mla_backend.session_file import SavedSession, read_session, write_session
 
@@ -29,8 +30,8 @@ class _PromptEnd:
 class Session:
     """Tokens in, logits out; the past stays in the cache.
 
-    Sessions are independent of each other; those made by ``fork`` share the cache's room. Not to be
-    used from two threads at once.
+    Sessions are independent of each other, also in threads: passes through the model wait for each
+    other. Those made by ``fork`` share the cache's room. One session is for one thread at a time.
 
     Attributes:
         tokens: ids of all positions held, oldest first.
@@ -45,10 +46,16 @@ class Session:
         self._fingerprint = fingerprint
         self._n_vocab = n_vocab
         self._n_batch = n_batch
-        self._sequence = cache.add()
+        self._held: CacheSequence | None = cache.add()
         self.tokens: list[int] = []
         self.sampler_state: dict[str, Any] | None = None
         self._prompt_end: _PromptEnd | None = None
+
+    @property
+    def _sequence(self) -> CacheSequence:
+        if self._held is None:
+            raise UsageError("the session is closed")
+        return self._held
 
     @property
     def n_ctx(self) -> int:
@@ -87,9 +94,10 @@ class Session:
         Raises:
             ContextError: before computing, if the tokens do not fit.
             ShapeError: no tokens, or an id outside the vocabulary.
-            CancelledError: with the finished chunks in the cache.
+            CancelledError: with the finished chunks in the cache; ``tokens`` tells which.
+            UsageError: the session is closed, as in all other calls.
         """
-        ids = [int(i) for i in ids]
+        ids = [index(i) for i in ids]
         self._check(ids, outputs)
         rows: list[Logits] = []
         total = len(ids)
@@ -153,7 +161,8 @@ class Session:
 
     def truncate(self, n_tokens: int) -> None:
         """Forget all but the first ``n_tokens``."""
-        self._cache.truncate(self._sequence, n_tokens)
+        with self._runner.lock:
+            self._cache.truncate(self._sequence, n_tokens)
         del self.tokens[n_tokens:]
         self._forget_prompt_end(n_tokens)
 
@@ -163,26 +172,58 @@ class Session:
 
     def drop(self, begin: int, end: int) -> None:
         """Forget tokens [begin, end); later ones move up. See ``LatentCache.drop``."""
-        self._cache.drop(self._sequence, begin, end)
+        with self._runner.lock:
+            self._cache.drop(self._sequence, begin, end)
         del self.tokens[begin:end]
         if begin < end:
             self._forget_prompt_end(begin)
+
+    def keep_last(self, n_tokens: int) -> None:
+        """Forget all but the last ``n_tokens``, whose positions stay; ``shift`` renumbers them."""
+        with self._runner.lock:
+            self._cache.keep_last(self._sequence, n_tokens)
+        del self.tokens[: len(self.tokens) - n_tokens]
+        self._prompt_end = None
+
+    def shift(self, delta: int) -> None:
+        """Add ``delta`` to all positions: only the rope part of the cache turns.
+
+        Raises ShapeError where a position would become negative.
+        """
+        with self._runner.lock:
+            self._cache.shift(self._sequence, delta)
+        self._prompt_end = None
 
     def fork(self) -> Session:
         """A second session with the same past, in the same cache."""
         twin = object.__new__(Session)
         twin.__dict__.update(self.__dict__)
-        twin._sequence = self._cache.fork(self._sequence)
+        with self._runner.lock:
+            twin._held = self._cache.fork(self._sequence)
         twin.tokens = list(self.tokens)
         return twin
 
     def close(self) -> None:
-        """Give the cells back to the cache; the session must not be used again."""
-        self._cache.remove(self._sequence)
+        """Give the cells back to the cache; other calls raise UsageError from then on."""
+        if self._held is None:
+            return
+        with self._runner.lock:
+            held, self._held = self._held, None
+            self._cache.remove(held)
         self.tokens = []
+        self._prompt_end = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def save(self, path: str | Path) -> None:
-        """Write latents, positions, tokens and sampler state; replaces ``path`` when complete."""
+        """Write latents, positions, tokens and sampler state; replaces ``path`` when complete.
+
+        Raises SessionError where it cannot be written; an old file is then as before.
+        """
         state = SavedSession(
             fingerprint=self._fingerprint,
             cache_type=self._cache.cache_type,
@@ -190,7 +231,9 @@ class Session:
             tokens=self.tokens,
             sampler_state=self.sampler_state,
         )
-        write_session(Path(path), state, self._cache.read(self._sequence))
+        with self._runner.lock:
+            cells = self._cache.read(self._sequence)
+        write_session(Path(path), state, cells)
 
     def load(self, path: str | Path) -> None:
         """Replace the session by a saved one.
@@ -217,7 +260,8 @@ class Session:
                 f"{self._cache.n_free_cells} positions of the cache are free"
             )
         self.truncate(0)
-        self._sequence.first_position = state.first_position
-        self._cache.write(self._sequence, cells)
+        with self._runner.lock:
+            self._sequence.first_position = state.first_position
+            self._cache.write(self._sequence, cells)
         self.tokens = list(state.tokens)
         self.sampler_state = state.sampler_state

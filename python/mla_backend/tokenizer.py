@@ -172,22 +172,36 @@ class Tokenizer:
         """Text of EOS, empty where the file has none."""
         return "" if self.eos_id is None else self.vocabulary.text(self.eos_id)
 
-    def _check_model(self) -> None:
-        if self.model != "gpt2":
+    @property
+    def can_decode(self) -> bool:
+        """Whether ids can be turned into text; token ids work in any case."""
+        return self.model == "gpt2"
+
+    @property
+    def problem(self) -> str | None:
+        """Why text cannot be encoded, or None where it can."""
+        if not self.can_decode:
             shown = repr(self.model) if self.model else "missing"
-            raise TokenizerError(
+            return (
                 f"tokenizer: {PREFIX}model is {shown}; only 'gpt2' (byte-level BPE) is known. "
                 "Calls with token ids still work"
             )
+        if self.pre not in PRE_TOKENIZERS:
+            shown = repr(self.pre) if self.pre else "missing"
+            return (
+                f"tokenizer: {PREFIX}pre is {shown}; known are {', '.join(PRE_TOKENIZERS)}. "
+                "Decoding and calls with token ids still work"
+            )
+        return None
+
+    def _check_model(self) -> None:
+        if not self.can_decode:
+            raise TokenizerError(self.problem)
 
     def _pre_tokenizer(self) -> PreTokenizer:
         row = PRE_TOKENIZERS.get(self.pre)
         if row is None:
-            shown = repr(self.pre) if self.pre else "missing"
-            raise TokenizerError(
-                f"tokenizer: {PREFIX}pre is {shown}; known are {', '.join(PRE_TOKENIZERS)}. "
-                "Decoding and calls with token ids still work"
-            )
+            raise TokenizerError(self.problem)
         return row
 
     def _encoder(self, parse_special: bool) -> Encoder:

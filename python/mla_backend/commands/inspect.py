@@ -69,7 +69,7 @@ def _config_lines(report: ModelReport) -> Iterator[Line]:
     if config.layout == "split":
         yield "layout", "split (new): attn_k_b and attn_v_b"
     else:
-        from ..model import LEGACY_NOTE
+        from ..planning import LEGACY_NOTE
 
         yield "layout", f"legacy (old): {LEGACY_NOTE}"
     nextn = config.n_layer_nextn

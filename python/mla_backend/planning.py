@@ -1,0 +1,134 @@
+"""What loading a model will take, decided before its weights are touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from mla_backend import _core
+from mla_backend.cache import BLOCK_CELLS, LatentCache, cache_bytes
+from mla_backend.config import ModelConfig
+from mla_backend.gguf import GGUFFile, TensorInfo
+from mla_backend.loading import LoadOptions, Weights, is_stored_on_network
+from mla_backend.memory import (
+    active_weight_bytes,
+    check_memory,
+    choose_context,
+    oversize_note,
+    report_memory,
+)
+from mla_backend.models.inputs import BatchShape
+from mla_backend.runner import Engine, Runner
+
+#: How to get a file into the split layout.
+LEGACY_NOTE: Final = (
+    "the file has the legacy tensor layout (attn_kv_b); it runs as it is. "
+    "`mla-backend upgrade OLD.gguf NEW.gguf` rewrites it once into the split layout"
+)
+_UNLOCKED_NOTE: Final = "mlock has no effect: the weights are read into memory, not mapped"
+
+
+class LoadPlan:
+    """What loading is going to take, decided before it begins.
+
+    Attributes:
+        n_ctx: positions, as asked or as chosen.
+        options: how weights reach memory; ``mmap`` is False on network file systems.
+        weights_fit: whether all weights find room in memory at once.
+        notes: one-line statements for the user.
+
+    Raises MemoryLimitError where cache and copied weights alone are too much.
+    """
+
+    def __init__(
+        self,
+        file: GGUFFile,
+        config: ModelConfig,
+        infos: dict[str, TensorInfo],
+        cache_type: str,
+        n_ctx: int | None,
+        kv_file: str | Path | None,
+        options: LoadOptions,
+    ) -> None:
+        self.file = file
+        self.config = config
+        self.infos = infos
+        self.cache_type = cache_type
+        self.kv_file = Path(kv_file) if kv_file is not None else None
+        sizes = {name: info.n_bytes for name, info in infos.items()}
+        choice = choose_context(
+            config, n_ctx, cache_type, file.n_bytes, cache_in_file=kv_file is not None
+        )
+        self.n_ctx = choice.n_ctx
+        mapped = options.mmap and not any(is_stored_on_network(path) for path in file.paths)
+        self.options = replace(options, mmap=mapped)
+        oversize = oversize_note(file.n_bytes, active_weight_bytes(config, sizes))
+        self.weights_fit = oversize is None
+        self.notes = [
+            note
+            for note in (
+                choice.note,
+                oversize if mapped else None,
+                LEGACY_NOTE if config.layout == "legacy" else None,
+                _UNLOCKED_NOTE if options.mlock and not mapped else None,
+            )
+            if note is not None
+        ]
+        self._check_memory(workspace_bytes=0, widened_bytes=0)
+
+    def check_memory(self, backend: _core.CpuBackend, precision: str, n_batch: int) -> None:
+        """Refuse what does not fit, the workspace included. Raises MemoryLimitError."""
+        workspace, widened = planned_bytes(
+            self.file,
+            self.config,
+            self.infos,
+            backend,
+            n_ctx=self.n_ctx,
+            cache_type=self.cache_type,
+            precision=precision,
+            n_batch=n_batch,
+        )
+        self._check_memory(workspace_bytes=workspace, widened_bytes=widened)
+
+    def _check_memory(self, *, workspace_bytes: int, widened_bytes: int) -> None:
+        mapped = self.options.mmap
+        report = report_memory(
+            self.config,
+            self.cache_type,
+            self.n_ctx,
+            mapped_bytes=self.file.n_bytes if mapped else 0,
+            copied_bytes=widened_bytes + (0 if mapped else self.file.n_bytes),
+            workspace_bytes=workspace_bytes,
+        )
+        check_memory(report, cache_in_file=self.kv_file is not None)
+
+
+def planned_bytes(
+    file: GGUFFile,
+    config: ModelConfig,
+    infos: Mapping[str, TensorInfo],
+    backend: _core.CpuBackend,
+    *,
+    n_ctx: int,
+    cache_type: str,
+    precision: str,
+    n_batch: int,
+) -> tuple[int, int]:
+    """Bytes of intermediates, and of weights kept in another form: (workspace, copies).
+
+    The graphs are planned as at load, over mapped weights of which hardly a page is read, and a
+    cache that is never written, so that it takes no memory.
+    """
+    mapped = [_core.MappedFile(str(path)) for path in file.paths]
+    weights = Weights(file, infos, mapped, mapped=True)
+    engine = Engine(config, weights, _core.Workspace([backend]), precision, "auto", backend.isa)
+    n_batch = min(n_batch, n_ctx)
+    if cache_bytes(config, cache_type, n_ctx) > _core.available_memory_bytes():
+        n_ctx = BLOCK_CELLS  # all but some kilobytes show with a small one as well
+    cache = LatentCache(config, n_ctx, cache_type, backend=backend)
+    runner = Runner(engine, cache)
+    for n_tokens in (n_batch, 1):
+        runner.prepare(BatchShape(n_tokens, 1, 1))
+    return engine.workspace.n_bytes, weights.copied_bytes
