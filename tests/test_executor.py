@@ -221,7 +221,7 @@ def test_unknown_isa(cpu: _core.CpuBackend) -> None:
 @pytest.mark.parametrize(
     ("inputs", "error", "message"),
     [
-        ({}, ShapeError, "0 inputs came, the graph has 1"),
+        ({}, ShapeError, "0 inputs came|'x' is missing"),
         ({"x": X, "y": X}, ShapeError, "'y'|no input"),
         ({"x": X[:3]}, ShapeError, r"'x': F32 \[3, 32\] came, accepted is F32 \[4, 32\]"),
         ({"x": X.astype(np.int32)}, ShapeError, "I32"),

@@ -74,12 +74,22 @@ def expected(directory: Path, model: str, type: str) -> Mapping[str, Array]:
 
 
 @cache
+def _facts(directory: Path, model: str, type: str) -> dict[str, Any]:
+    text = (directory / model / "expected" / "llama_cpp.json").read_text()
+    found: dict[str, Any] = json.loads(text)["files"][type]
+    return found
+
+
 def peer_distances(directory: Path, model: str, type: str) -> Mapping[str, Mapping[str, float]]:
     """How far llama.cpp is from the reference on the same file, by prompt."""
-    text = (directory / model / "expected" / "llama_cpp.json").read_text()
-    found: Mapping[str, Mapping[str, float]]
-    found = json.loads(text)["files"][type]["llama_cpp_vs_transformers"]
+    found: dict[str, dict[str, float]]
+    found = _facts(directory, model, type)["llama_cpp_vs_transformers"]
     return found
+
+
+def perplexity_of_the_text(directory: Path, model: str, type: str) -> float:
+    """What the reference gives for text.txt."""
+    return float(_facts(directory, model, type)["perplexity"]["transformers_float32"])
 
 
 @cache

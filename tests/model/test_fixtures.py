@@ -18,6 +18,7 @@ from model.reference_files import (
     log_probabilities,
     our_logits,
     peer_distances,
+    perplexity_of_the_text,
     tolerances,
 )
 
@@ -103,6 +104,21 @@ def test_distance_is_llama_cpps_at_most(
         peer_squares += len(difference) * peer[prompt]["rms"] ** 2
         n_tokens += len(difference)
     assert np.sqrt(squares / n_tokens) <= 1.1 * np.sqrt(peer_squares / n_tokens)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_perplexity(fixtures_dir: Path, file: tuple[str, str], precision: str) -> None:
+    """Chunks of 512 tokens, each begun by BOS; their second halves count."""
+    want = perplexity_of_the_text(fixtures_dir, *file)
+    model = loaded(gguf_path(fixtures_dir, *file), "auto", precision)
+    ids = model.tokenizer.encode((fixtures_dir / "text.txt").read_text(encoding="utf-8"))
+    assert model.tokenizer.bos_id is not None
+    nll: list[float] = []
+    for begin in range(0, len(ids) - len(ids) % 512, 512):
+        chunk = [model.tokenizer.bos_id, *ids[begin + 1 : begin + 512]]
+        logprobs = log_probabilities(model.logits(chunk))
+        nll += (-logprobs[np.arange(256, 511), chunk[257:]]).tolist()
+    assert np.exp(np.mean(nll)) == pytest.approx(want, rel=1e-4 if precision == "exact" else 0.02)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
