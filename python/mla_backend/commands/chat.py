@@ -45,6 +45,7 @@ class ChatOptions:
         typer.Option(
             "--session",
             metavar="FILE",
+            readable=False,
             help="Go on with the conversation in FILE if it exists, and save it there afterwards.",
         ),
     ] = None
@@ -76,11 +77,12 @@ def chat(
     """Talk to a model; it remembers the conversation. Thinking is shown dim, on stderr."""
     from .dialogue import Dialogue
 
+    arguments = sampling.arguments()
     check_place(options.session)
     console = Console(console_options)
     with load_model(path.path, context, model_options, console) as model:
         dialogue = Dialogue(model, system=options.system, template_options=options.template_options)
-        loop = _Loop(dialogue, console, model.n_ctx, sampling.arguments())
+        loop = _Loop(dialogue, console, model.n_ctx, arguments)
         if options.session is not None and options.session.exists():
             loop.load(options.session)
         loop.run()

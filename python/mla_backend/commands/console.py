@@ -106,6 +106,6 @@ def stats_text(stats: Stats) -> str:
     if new > 0 and stats.prompt_seconds > 0:
         prompt += f", {rate_text(stats.prompt_tps, 'tokens')}"
     answer = f"answer: {stats.n_generated} tokens"
-    if stats.n_generated and stats.generation_seconds > 0:
+    if stats.n_generated > 1 and stats.generation_seconds > 0:
         answer += f", {rate_text(stats.generation_tps, 'tokens')}"
     return f"{prompt}; {answer}"

@@ -55,10 +55,13 @@ class ModelPath:
 
     model: Annotated[
         Path | None,
-        typer.Argument(metavar="MODEL", help="GGUF file; of a split one, any part."),
+        typer.Argument(
+            metavar="MODEL", readable=False, help="GGUF file; of a split one, any part."
+        ),
     ] = None
     model_option: Annotated[
-        Path | None, _option("-m", "--model", metavar="MODEL", help="The same, as an option.")
+        Path | None,
+        _option("-m", "--model", metavar="MODEL", readable=False, help="The same, as an option."),
     ] = None
 
     @property
@@ -175,6 +178,7 @@ class ModelOptions:
         _option(
             "--kv-file",
             metavar="FILE",
+            readable=False,
             panel=_MODEL,
             show_default=False,
             help="Keep the cache in this file, for contexts larger than memory.",
@@ -272,9 +276,13 @@ class SamplingOptions:
         return None if self.n_predict < 0 else self.n_predict
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of ``Model.stream`` and its kin."""
-        return {
-            "max_tokens": self.max_tokens,
+        """Keyword arguments of ``Model.stream`` and its kin.
+
+        Raises UsageError for values that no sampler takes: ask before a model is loaded.
+        """
+        from ..sampling import SamplingParams
+
+        given: dict[str, Any] = {
             "stop": tuple(self.stop or ()),
             "temperature": self.temp,
             "top_k": self.top_k,
@@ -284,6 +292,8 @@ class SamplingOptions:
             "repeat_last_n": self.repeat_last_n,
             "seed": None if self.seed < 0 else self.seed,
         }
+        SamplingParams(**given)
+        return {"max_tokens": self.max_tokens} | given
 
 
 @dataclass(frozen=True)

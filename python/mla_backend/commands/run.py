@@ -36,7 +36,9 @@ class RunOptions:
     ] = None
     file: Annotated[
         Path | None,
-        typer.Option("-f", "--file", metavar="FILE", help="Read the prompt from a file."),
+        typer.Option(
+            "-f", "--file", metavar="FILE", readable=False, help="Read the prompt from a file."
+        ),
     ] = None
     no_bos: Annotated[bool, typer.Option("--no-bos", help="Do not begin with the BOS token.")] = (
         False
@@ -46,6 +48,7 @@ class RunOptions:
         typer.Option(
             "--session",
             metavar="FILE",
+            readable=False,
             help="Keep what was computed: read FILE if it exists, and write it afterwards. "
             "A prompt that begins alike goes on from there.",
         ),
@@ -73,6 +76,7 @@ def run(
 ) -> None:
     """Continue a prompt. Only the continuation goes to stdout."""
     file, prompt = path.path, read_prompt(options.prompt, options.file)
+    arguments = sampling.arguments()
     check_place(options.session)
     console = Console(console_options, as_json=output.as_json)
     with load_model(file, context, model_options, console) as model:
@@ -82,7 +86,7 @@ def run(
             ids,
             logprobs=options.logprobs or 0,
             on_progress=console.progress,
-            **sampling.arguments(),
+            **arguments,
         )
         chunks: list[Chunk] = []
         try:
