@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from mla_backend import CancelToken, Chunk, Model, SamplingParams
-from mla_backend.errors import ContextError, ShapeError, UsageError
+from mla_backend.errors import ContextError, ShapeError, TokenizerError, UsageError
 from small_models import small_model
 
 Floats = npt.NDArray[np.float32]
@@ -157,6 +158,14 @@ def test_context_ends_the_answer(model: Model) -> None:
     assert (len(got.tokens), got.finish_reason) == (3, "length")
     got = model.generate([5] * N_CTX, temperature=0.0)
     assert (len(got.tokens), got.finish_reason) == (0, "length")
+
+
+def test_wrong_prompts_are_errors_before_the_stream(model: Model) -> None:
+    for prompt, error in ([], UsageError), ("", UsageError), ([5] * (N_CTX + 1), ContextError):
+        with pytest.raises(error):
+            model.stream(prompt)
+    with pytest.raises(UsageError, match="conversation is empty"):
+        model.stream_chat([])
 
 
 def test_too_long_prompt_is_an_error_before_computing(model: Model) -> None:
@@ -341,6 +350,21 @@ def test_sampling_can_be_given_as_a_whole(model: Model) -> None:
     assert got.tokens == spelled_out.tokens
     greedy = model.generate(PROMPT, sampling=sampling, temperature=0.0, max_tokens=8)
     assert greedy.tokens == model.generate(PROMPT, temperature=0.0, max_tokens=8).tokens
+
+
+def test_ids_work_without_a_known_tokenizer(model: Model, tmp_path: Path) -> None:
+    """Its pre-tokenizer is renamed in the file: text is an error, ids are not."""
+    path = tmp_path / "unknown.gguf"
+    data = model.file.paths[0].read_bytes()
+    assert data.count(b"deepseek-llm") == 1
+    path.write_bytes(data.replace(b"deepseek-llm", b"deepseek-xyz"))
+    want = model.generate(PROMPT, temperature=0.0, max_tokens=4, ignore_eos=True)
+    with Model.load(path, n_ctx=N_CTX, n_batch=N_BATCH, threads=2) as unknown:
+        assert any("deepseek-xyz" in note for note in unknown.notes)
+        got = unknown.generate(PROMPT, temperature=0.0, max_tokens=4, ignore_eos=True)
+        with pytest.raises(TokenizerError, match="deepseek-xyz"):
+            unknown.generate("text")
+    assert got.tokens == want.tokens
 
 
 def test_closed_model(model: Model) -> None:

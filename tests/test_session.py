@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mla_backend import CancelToken, Model, Session
 from mla_backend.cache import BLOCK_CELLS
-from mla_backend.errors import CancelledError, ContextError, SessionError, ShapeError
+from mla_backend.errors import CancelledError, ContextError, SessionError, ShapeError, UsageError
 from small_models import small_model
 
 N_CTX = 256
@@ -147,6 +147,39 @@ def test_truncate_and_drop(model: Model) -> None:
     session.drop(3, 10)
     assert session.tokens == ids[:3] + ids[10:33] + more
     assert session.position == 34
+
+
+def test_keep_last_and_shift(model: Model) -> None:
+    ids, more = random_ids(90), random_ids(4, 2)
+    session = model.session()
+    session.feed(ids)
+    twin = session.fork()
+    session.keep_last(30)
+    assert (session.tokens, session.position) == (ids[60:], 90)
+    session.shift(-60)
+    assert session.position == 30
+    with pytest.raises(ShapeError, match="shift by -1"):
+        session.shift(-1)
+    # The latents still know the text that was dropped; only its own cells are gone.
+    assert session.feed(more).shape == (1, model.config.n_vocab)
+    want = model.session()
+    want.feed(ids)
+    np.testing.assert_array_equal(twin.feed(more), want.feed(more))
+
+
+def test_closed_session(model: Model) -> None:
+    with model.session() as session:
+        session.feed(random_ids(5))
+    session.close()
+    assert session.tokens == []
+    for call in (
+        lambda: session.feed([1]),
+        lambda: session.truncate(0),
+        session.fork,
+        lambda: session.position,
+    ):
+        with pytest.raises(UsageError, match="session is closed"):
+            call()
 
 
 def test_model_generates_in_a_session(model: Model) -> None:
