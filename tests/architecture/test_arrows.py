@@ -120,9 +120,10 @@ EXTRA = {
     ("model", "sampling"),
     ("model", "tokenizer"),
     ("model", "weights"),
-    # Types that the public face returns: chunks, rates, the token that cancels.
+    # Types of the public face: chunks, rates, sampling options, the token that cancels.
     ("commands", "_core"),
     ("commands", "generator"),
+    ("commands", "sampling"),
     ("commands", "tokenizer"),
     ("generator", "_core"),
     # What the converter writes, the tokenizer reads: one table of pre-tokenizers and token types.
