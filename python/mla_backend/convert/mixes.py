@@ -234,11 +234,16 @@ def tensor_format(mix: Mix, name: str, shape: tuple[int, ...], facts: MixFacts) 
     Returns:
         A name in ``formats``: F32 for norms, biases, routers and other vectors.
     """
-    if len(shape) < 2 or _PLAIN_NAMES.fullmatch(name):
+    if is_plain(name, shape):
         return "F32"
     if not by_name(mix.base).quantized:
         return mix.base
     return fallback(_wanted(mix, name, shape, facts), shape[-1])
+
+
+def is_plain(name: str, shape: tuple[int, ...]) -> bool:
+    """Norms, biases, routers and other vectors: they are never quantized."""
+    return len(shape) < 2 or _PLAIN_NAMES.fullmatch(name) is not None
 
 
 def fallback(wanted: str, row_elems: int) -> str:

@@ -7,7 +7,6 @@ that k_b must be decoded and encoded anew. All other tensors are copied.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from mla_backend import _core
 
@@ -24,6 +22,7 @@ from ..config_keys import ARCHITECTURE
 from ..errors import ModelError, UsageError
 from ..formats import by_name
 from ..gguf import GGUFFile, TensorInfo, Value, read_gguf
+from ..gguf.data import copied_metadata, read_bytes
 from ..gguf.writer import NewTensor
 from .metadata import split_lengths
 from .mixes import fallback
@@ -35,10 +34,6 @@ _KV_B: Final = ".attn_kv_b.weight"
 K_B_FORMATS: Final = ("Q8_0", "F16", "BF16", "F32")
 #: Bytes of a copied piece.
 _COPY_BYTES: Final = 16 << 20
-#: Integer keys that files hold as signed numbers; all others are unsigned.
-_SIGNED: Final = frozenset(
-    f"general.sampling.{key}" for key in ("top_k", "penalty_last_n", "mirostat")
-)
 _GATING: Final = {"softmax": 1, "sigmoid": 2}
 
 
@@ -83,7 +78,7 @@ class UpgradePlan:
         """The bytes of one piece."""
         step = self.steps[piece.tensor]
         if step.kind == "copy":
-            return _read(self.file, step.source, piece.first, piece.count)
+            return read_bytes(self.file, step.source, piece.first, piece.count)
         return _make_half(self, step, piece)
 
 
@@ -206,12 +201,7 @@ def _metadata(file: GGUFFile, config: ModelConfig) -> Mapping[str, Value | np.ge
     }
     if config.moe is not None:  # old files left it to the reader to guess
         changes[f"{ARCHITECTURE}.expert_gating_func"] = _GATING[config.moe.gating]
-    keys: dict[str, Value | np.generic] = {
-        key: np.int32(value) if key in _SIGNED and isinstance(value, int) else value
-        for key, value in file.metadata.items()
-        if not key.startswith("split.")
-    }
-    return keys | changes
+    return copied_metadata(file) | changes
 
 
 def _cut(config: ModelConfig, step: _Step, tensor: int) -> Iterator[Piece]:
@@ -236,7 +226,7 @@ def _make_half(plan: UpgradePlan, step: _Step, piece: Piece) -> Bytes:
     row_bytes = info.n_bytes // info.shape[0]
     n_rows = piece.count * rows
     first_byte = piece.first * rows * row_bytes
-    data = _read(plan.file, info, first_byte, n_rows * row_bytes).reshape(n_rows, row_bytes)
+    data = read_bytes(plan.file, info, first_byte, n_rows * row_bytes).reshape(n_rows, row_bytes)
     by_head = data.reshape(piece.count, rows, row_bytes)
     if step.kind == "v_b":
         return np.ascontiguousarray(half(by_head, "v_b", config.d_nope)).reshape(-1)
@@ -250,20 +240,3 @@ def _make_half(plan: UpgradePlan, step: _Step, piece: Piece) -> Bytes:
     joint = floats.reshape(piece.count, config.d_nope, config.kv_lora_rank)
     moved = np.ascontiguousarray(half(joint, "k_b", config.d_nope))
     return encode(moved.reshape(-1, config.d_nope), step.target).reshape(-1)
-
-
-def _read(file: GGUFFile, info: TensorInfo, first: int, count: int) -> npt.NDArray[np.uint8]:
-    """Bytes of a tensor -> uint8 [count]."""
-    path = file.paths[info.shard]
-    out = np.empty(count, np.uint8)
-    view, position = memoryview(out), info.offset + first
-    try:
-        with path.open("rb", buffering=0) as stream:
-            while view:
-                got = os.preadv(stream.fileno(), [view], position)
-                if got == 0:
-                    raise ModelError(f"{path}: the file shrank while it was read")
-                view, position = view[got:], position + got
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    return out

@@ -85,6 +85,24 @@ def read_header(file: BinaryIO, path: Path, n_bytes: int, shard: int) -> Header:
     return Header(version, alignment, metadata, tensors)
 
 
+def read_metadata(file: BinaryIO, path: Path, n_bytes: int) -> dict[str, Value | np.generic]:
+    """The metadata with numbers as NumPy scalars of their stored type, for files to be copied.
+
+    Raises:
+        ModelError: as read_header.
+    """
+    cursor = Cursor(file, path, n_bytes)
+    _read_preamble(cursor)
+    cursor.count("tensor count", _TENSOR_LEAST_BYTES)
+    n_keys = cursor.count("metadata key count", _KEY_LEAST_BYTES)
+    types: dict[str, int] = {}
+    metadata = _read_metadata(cursor, n_keys, types)
+    return {
+        key: NUMBERS[types[key]].type(value) if type(value) in (int, float) else value
+        for key, value in metadata.items()
+    }
+
+
 def _read_preamble(cursor: Cursor) -> int:
     if cursor.n_bytes == 0:
         raise ModelError(f"{cursor.path}: the file is empty; accepted: a GGUF file")
@@ -111,7 +129,10 @@ def _describe(first: bytes) -> str:
     return repr(first[:4])
 
 
-def _read_metadata(cursor: Cursor, n_keys: int) -> dict[str, Value]:
+def _read_metadata(
+    cursor: Cursor, n_keys: int, types: dict[str, int] | None = None
+) -> dict[str, Value]:
+    """Values by key; ``types`` gets the type id of each."""
     metadata: dict[str, Value] = {}
     for index in range(n_keys):
         key = cursor.string(f"metadata key {index}", _NAME_LIMIT_BYTES)
@@ -119,13 +140,15 @@ def _read_metadata(cursor: Cursor, n_keys: int) -> dict[str, Value]:
             cursor.fail(f"metadata key {index}", "an empty name", "a name")
         if key in metadata:
             cursor.fail(f"metadata key {index}", f"{key!r} a second time", "each key once")
-        metadata[key] = _read_value(cursor, key)
+        type_id = cursor.u32(f"metadata {key!r}: type")
+        if types is not None:
+            types[key] = type_id
+        metadata[key] = _read_value(cursor, key, type_id)
     return metadata
 
 
-def _read_value(cursor: Cursor, key: str) -> Value:
+def _read_value(cursor: Cursor, key: str, type_id: int) -> Value:
     what = f"metadata {key!r}"
-    type_id = cursor.u32(f"{what}: type")
     if type_id == TYPE_STRING:
         return cursor.string(what)
     if type_id == TYPE_ARRAY:

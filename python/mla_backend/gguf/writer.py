@@ -207,7 +207,7 @@ def _as_number(value: int | float | np.generic) -> np.generic:
 
 
 def _number_id(key: str, dtype: np.dtype[Any]) -> int:
-    type_id = _NUMBER_IDS.get(dtype.newbyteorder("<"))
+    type_id = TYPE_BOOL if dtype == np.bool_ else _NUMBER_IDS.get(dtype.newbyteorder("<"))
     if type_id is None:
         raise FormatError(f"metadata {key!r}: GGUF has no type for {dtype}")
     return type_id
