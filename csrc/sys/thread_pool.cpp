@@ -8,6 +8,7 @@
 #include <atomic>
 #include <chrono>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #include "base/error.h"
@@ -41,10 +42,13 @@ void relax() {
 }
 
 void pin_this_thread(int cpu) {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(cpu, &set);
-  pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // checked when the pool is made
+  cpu_set_t* set = CPU_ALLOC(cpu + 1);
+  if (set == nullptr) return;
+  const size_t set_bytes = CPU_ALLOC_SIZE(cpu + 1);
+  CPU_ZERO_S(set_bytes, set);
+  CPU_SET_S(cpu, set_bytes, set);
+  pthread_setaffinity_np(pthread_self(), set_bytes, set);  // checked when the pool is made
+  CPU_FREE(set);
 }
 
 }  // namespace
@@ -64,11 +68,13 @@ struct ThreadPool::State {
   std::atomic<bool> stop{false};
   Entry entry = nullptr;
   const void* body = nullptr;
+  int64_t first_chunk = 0;  // the ticket counts from here
 
   bool work(int thread);
   void loop(int thread);
   void start();
   void finish();
+  void run_section(int64_t first, int64_t n_chunks);
 };
 
 // Claims and runs chunks until the current run has none left. True if it ran any.
@@ -82,7 +88,7 @@ bool ThreadPool::State::work(int thread) {
                                       std::memory_order_acquire)) {
       continue;
     }
-    entry(body, now.next(), thread);
+    entry(body, first_chunk + now.next(), thread);
     done.fetch_add(1, std::memory_order_acq_rel);
     any = true;
     word = ticket.load(std::memory_order_acquire);
@@ -109,7 +115,13 @@ void ThreadPool::State::loop(int thread) {
 
 void ThreadPool::State::start() {
   owner = getpid();
-  for (int i = 1; i < n_threads; ++i) workers.emplace_back([this, i] { loop(i); });
+  try {
+    for (int i = 1; i < n_threads; ++i) workers.emplace_back([this, i] { loop(i); });
+  } catch (const std::system_error& e) {
+    finish();
+    throw DeviceError(concat("thread pool: only ", workers.size() + 1, " of ", n_threads,
+                             " threads could be started: ", e.code().message()));
+  }
 }
 
 void ThreadPool::State::finish() {
@@ -119,62 +131,72 @@ void ThreadPool::State::finish() {
   for (std::thread& worker : workers) worker.join();
 }
 
-ThreadPool::ThreadPool(const ThreadPoolOptions& options) : state_(std::make_unique<State>()) {
-  cpu_set_t allowed;
-  CPU_ZERO(&allowed);
-  sched_getaffinity(0, sizeof allowed, &allowed);
+ThreadPool::ThreadPool(const ThreadPoolOptions& options) {
+  const std::vector<int> allowed = usable_cpus();
   for (int cpu : options.cpus) {
-    MLA_CHECK(DeviceError, cpu >= 0 && cpu < CPU_SETSIZE && CPU_ISSET(cpu, &allowed),
+    MLA_CHECK(DeviceError, std::binary_search(allowed.begin(), allowed.end(), cpu),
               "thread pool: CPU ", cpu, " is not among those this process may use");
   }
   MLA_CHECK(ShapeError, options.n_threads >= 0 && options.n_threads <= 4096,
             "thread pool: ", options.n_threads, " threads, accepted is 0 (automatic) to 4096");
-  state_->cpus = options.cpus;
-  state_->spin_us = options.spin_us;
-  state_->n_threads = options.n_threads > 0 ? options.n_threads : usable_physical_cores();
-  state_->start();
+  auto state = std::make_unique<State>();
+  state->cpus = options.cpus;
+  state->spin_us = options.spin_us;
+  state->n_threads = options.n_threads > 0 ? options.n_threads : usable_physical_cores();
+  state->start();
+  state_.store(state.release());
 }
 
 ThreadPool::~ThreadPool() {
-  if (state_->owner == getpid()) {
-    state_->finish();
-  } else {
-    // A forked child has no such threads; their handles cannot be joined, only forgotten.
-    (void)state_.release();
-  }
+  State* state = state_.load();
+  // A forked child has no such threads; their handles cannot be joined, only forgotten.
+  if (state->owner != getpid()) return;
+  state->finish();
+  delete state;
 }
 
-int ThreadPool::n_threads() const { return state_->n_threads; }
+int ThreadPool::n_threads() const { return state_.load(std::memory_order_acquire)->n_threads; }
+
+// The workers of this process: a forked child makes its own. Where several of its threads come at
+// once, the first one's stay. What the parent had is forgotten, see the destructor.
+ThreadPool::State& ThreadPool::own_state() {
+  State* state = state_.load(std::memory_order_acquire);
+  if (state->owner == getpid()) return *state;
+  auto fresh = std::make_unique<State>();
+  fresh->cpus = state->cpus;
+  fresh->n_threads = state->n_threads;
+  fresh->spin_us = state->spin_us;
+  fresh->start();
+  if (state_.compare_exchange_strong(state, fresh.get())) return *fresh.release();
+  fresh->finish();
+  return *state;
+}
 
 void ThreadPool::run(int64_t n_chunks, Entry entry, const void* body) {
   if (n_chunks <= 0) return;
-  if (state_->owner != getpid()) {
-    auto fresh = std::make_unique<State>();
-    fresh->cpus = state_->cpus;
-    fresh->n_threads = state_->n_threads;
-    fresh->spin_us = state_->spin_us;
-    (void)state_.release();  // see the destructor
-    state_ = std::move(fresh);
-    state_->start();
-  }
-  State& s = *state_;
+  State& s = own_state();
   const std::lock_guard lock(s.callers);
   if (n_chunks == 1 || s.n_threads == 1) {
     for (int64_t i = 0; i < n_chunks; ++i) entry(body, i, 0);
     return;
   }
-  MLA_CHECK(ShapeError, n_chunks <= kMaxChunks, "thread pool: ", n_chunks, " chunks, at most ",
-            kMaxChunks);
   s.entry = entry;
   s.body = body;
-  s.done.store(0, std::memory_order_relaxed);
-  const Ticket last{s.ticket.load(std::memory_order_relaxed)};
-  s.ticket.store(Ticket::start(last.epoch() + 1, n_chunks), std::memory_order_release);
-  s.wake.fetch_add(1, std::memory_order_seq_cst);
-  if (s.sleepers.load(std::memory_order_seq_cst) > 0) s.wake.notify_all();
-  s.work(0);
+  for (int64_t first = 0; first < n_chunks; first += kMaxChunks) {
+    s.run_section(first, std::min(kMaxChunks, n_chunks - first));
+  }
+}
+
+void ThreadPool::State::run_section(int64_t first, int64_t n_chunks) {
+  first_chunk = first;
+  done.store(0, std::memory_order_relaxed);
+  const Ticket last{ticket.load(std::memory_order_relaxed)};
+  ticket.store(Ticket::start(last.epoch() + 1, n_chunks), std::memory_order_release);
+  wake.fetch_add(1, std::memory_order_seq_cst);
+  if (sleepers.load(std::memory_order_seq_cst) > 0) wake.notify_all();
+  work(0);
   // The rest is in the hands of workers that are at it now; yield if one has lost its core.
-  for (int spins = 0; s.done.load(std::memory_order_acquire) < n_chunks; ++spins) {
+  for (int64_t spins = 0; done.load(std::memory_order_acquire) < n_chunks; ++spins) {
     relax();
     if (spins > 4096) std::this_thread::yield();
   }

@@ -5,9 +5,8 @@
 // therefore costs at most the one chunk it holds, never a barrier.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
-#include <functional>
-#include <memory>
 #include <vector>
 
 namespace mla::sys {
@@ -20,6 +19,7 @@ struct ThreadPoolOptions {
 
 class ThreadPool {
  public:
+  // Throws DeviceError for a CPU it may not use and where threads cannot be started.
   explicit ThreadPool(const ThreadPoolOptions& options = {});
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -30,7 +30,8 @@ class ThreadPool {
   // Calls body(chunk, thread) once for every chunk in [0, n_chunks), from the caller (thread 0)
   // and the workers; returns when all are done. thread < n_threads() and no two bodies run with
   // the same thread number at once: it may index per-thread scratch. body must not throw and must
-  // not call parallel_for. One caller at a time (others wait).
+  // not call parallel_for. One caller at a time (others wait). A forked child has no workers: they
+  // are started anew at its first run, which throws DeviceError where that fails.
   template <class Body>
   void parallel_for(int64_t n_chunks, const Body& body) {
     run(
@@ -41,12 +42,12 @@ class ThreadPool {
         &body);
   }
 
-  // A forked child has no workers: they are started anew at its first parallel_for.
  private:
   using Entry = void (*)(const void* body, int64_t chunk, int thread);
   void run(int64_t n_chunks, Entry entry, const void* body);
   struct State;
-  std::unique_ptr<State> state_;
+  State& own_state();
+  std::atomic<State*> state_ = nullptr;
 };
 
 // How to cut n_rows into chunks: enough of them that n_threads stay busy when one is disturbed,
