@@ -52,7 +52,8 @@ struct MatmulTable {
 };
 
 // ---- row-wise ops ---------------------------------------------------------------------------
-// x, out: rows of n float32 elements, contiguous but for to_f32; out may not overlap the inputs.
+// x, out: rows of n float32 elements, contiguous but for to_f32; out may not overlap the inputs,
+// but for add and swiglu, where it may be one of them.
 // Errors are in kernels/row.inc.cpp.
 struct RowTable {
   // Any float format and element stride -> float32; float32 -> any float format, contiguous.
@@ -72,11 +73,11 @@ struct RowTable {
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* out) noexcept;
   void (*sigmoid)(const float* x, int64_t n, float* out) noexcept;
   void (*encode_q8_0)(const float* x, int64_t n, std::byte* out) noexcept;  // cache rows
+  void (*add_squares)(const float* x, int64_t n, double* sums) noexcept;    // sums[i] += x[i]^2
 };
 
 // ---- attention ------------------------------------------------------------------------------
 // Rows of q against a run of keys, with running softmax. See kernels/attention.inc.cpp.
-struct AttentionTile;
 struct AttentionTable;
 
 // ---- encoders -------------------------------------------------------------------------------

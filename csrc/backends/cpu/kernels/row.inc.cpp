@@ -9,6 +9,7 @@
 //   softmax    e^(z - max z) / sum, z = scale * x + mask, the sum in double
 //   swiglu     up * gate / (1 + e^-gate)
 //   sigmoid    1 / (1 + e^-x)
+//   add_squares  sums[i] + x[i]^2, in double
 //   encode_q8_0  blocks of 32: a half scale max|x| / 127, then 32 signed bytes
 //
 // Error against float64: a few ulp of each result (rope: of the pair's length; softmax: times
@@ -103,11 +104,13 @@ void encode_q8_0(const float* x, int64_t n, std::byte* out) noexcept {
   constexpr int kBlock = 32;
   for (int64_t b = 0; b < n / kBlock; ++b, x += kBlock, out += 2 + kBlock) {
     float largest = 0;
+    float poison = 0;  // NaN has no code of 8 bits: its block's scale carries it
     for (int i = 0; i < kBlock; ++i) {
       const float magnitude = __builtin_fabsf(x[i]);
       largest = magnitude > largest ? magnitude : largest;
+      poison += x[i] * 0.0f;
     }
-    const float scale = largest / 127.0f;
+    const float scale = largest / 127.0f + poison;
     const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
     const uint16_t bits = float_to_half(scale);
     std::memcpy(out, &bits, sizeof bits);
@@ -170,6 +173,13 @@ inline double sum_of_squares(const float* x, int64_t n) {
     lane[l] += value * value;
   }
   return sum_lanes(lane);
+}
+
+void add_squares(const float* x, int64_t n, double* sums) noexcept {
+  for (int64_t i = 0; i < n; ++i) {
+    const double value = x[i];
+    sums[i] += value * value;
+  }
 }
 
 void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* out) noexcept {
@@ -261,7 +271,7 @@ void rope(const float* x, const float* cosine, const float* sine, int64_t n, flo
 }  // namespace
 
 extern const RowTable row_table;
-const RowTable row_table = {to_f32, from_f32, add,    rms_norm,    rotation,
-                            rope,   softmax,  swiglu, sigmoid_row, encode_q8_0};
+const RowTable row_table = {to_f32,  from_f32, add,         rms_norm,    rotation,   rope,
+                            softmax, swiglu,   sigmoid_row, encode_q8_0, add_squares};
 
 }  // namespace mla::cpu::MLA_ISA

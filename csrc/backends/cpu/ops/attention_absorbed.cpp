@@ -28,7 +28,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How a span's cells are cut. Depends on the span alone: not on threads, nor on its neighbours.
 int64_t max_splits(int64_t n_tokens, int64_t heads) {
-  return ceil_div(kSpanTasks, ceil_div(n_tokens * heads, kTileRows));
+  return ceil_div(kSpanTasks, std::max<int64_t>(ceil_div(n_tokens * heads, kTileRows), 1));
 }
 int64_t split_cells(const Span& span, int64_t heads) {
   const int64_t cells = ceil_div(span.n_cells, max_splits(span.n_tokens, heads));
@@ -151,7 +151,7 @@ void attend_all(const AttentionCall& call, const Round& round) {
     longest = std::max(
         longest, std::min<int64_t>(round.pieces[i].split_cells, round.pieces[i].span.n_cells));
   }
-  const double task_flop = 2.0 * double(longest) * kTileRows * double(2 * s.c + s.r);
+  const double task_flop = 2.0 * double(longest) * kTileRows * double(2 * s.c + s.r + 1);
   const auto per_thread = std::max<int64_t>(int64_t(kSliceFlop / task_flop), 4);
   const int64_t slice = per_thread * call.n_threads();
   for (int64_t first = 0; first < round.n_tasks; first += slice) {
