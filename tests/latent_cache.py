@@ -17,7 +17,12 @@ Bytes = npt.NDArray[np.uint8]
 
 #: (latent, rope) formats; the last but one is what a Q8_0 cache is made of.
 CACHE_FORMATS = [("F32", "F32"), ("F16", "F16"), ("BF16", "BF16"), ("Q8_0", "F16"), ("F16", "F32")]
-_GAP_BYTES = 6  # unused bytes at the end of a row: no row may be taken for aligned
+_UNIT_BYTES = 4  # both planes begin at whole numbers of the widest element ..
+_GAP_BYTES = 4  # .. and unused bytes end a row, so that none may be taken for aligned to vectors
+
+
+def _whole_units(n_bytes: int) -> int:
+    return -(-n_bytes // _UNIT_BYTES) * _UNIT_BYTES
 
 
 class LatentCache(NamedTuple):
@@ -29,16 +34,18 @@ class LatentCache(NamedTuple):
 
     def plane(self, i: int) -> Bytes:
         """The bytes of plane 0 (latent) or 1 (rope): a view [cells, row_bytes]."""
-        sizes = [row_bytes(f, n) for f, n in zip(self.formats, self.widths, strict=True)]
-        begin = sum(sizes[:i])
-        return self.memory[:, begin : begin + sizes[i]]
+        begin = self.begin(i)
+        return self.memory[:, begin : begin + row_bytes(self.formats[i], self.widths[i])]
+
+    def begin(self, i: int) -> int:
+        """Where in a row of the memory the plane begins."""
+        return 0 if i == 0 else _whole_units(row_bytes(self.formats[0], self.widths[0]))
 
     def tensor(self, i: int) -> _core.Tensor:
         """The same as a tensor of the core."""
-        offset = 0 if i == 0 else row_bytes(self.formats[0], self.widths[0])
         shape = [len(self.memory), self.widths[i]]
         strides = [self.memory.shape[1], by_name(self.formats[i]).block_bytes]
-        return _core.Tensor(self.memory, self.formats[i], shape, strides, offset)
+        return _core.Tensor(self.memory, self.formats[i], shape, strides, self.begin(i))
 
     def fill(self, i: int, cells: Array, rows: Array) -> None:
         """Encode rows [n, width] into those cells."""
@@ -51,7 +58,8 @@ class LatentCache(NamedTuple):
 
 def empty_cache(n_cells: int, formats: tuple[str, str], widths: tuple[int, int]) -> LatentCache:
     """All bytes 0xFF, which is NaN in every float format: what must not be read shows."""
-    size = sum(row_bytes(f, n) for f, n in zip(formats, widths, strict=True)) + _GAP_BYTES
+    sizes = [_whole_units(row_bytes(f, n)) for f, n in zip(formats, widths, strict=True)]
+    size = sum(sizes) + _GAP_BYTES
     return LatentCache(np.full((n_cells, size), 0xFF, np.uint8), formats, widths)
 
 

@@ -34,7 +34,11 @@ inline Shape to_shape(const std::vector<int64_t>& dims) {
 struct PyTensor {
   Tensor tensor;
   pybind11::object owner;
+  bool writable;
 };
+
+// Throws ShapeError where the memory is read-only.
+void check_writable(const char* op, const PyTensor& tensor);
 
 // "F32" as float32, "I32" as int32, "F16" as float16; the others as rows of bytes.
 pybind11::array to_array(const Tensor& tensor, pybind11::object owner);

@@ -25,6 +25,7 @@ void register_cache(py::module_& m) {
       "rotate_rope",
       [](const cpu::CpuBackend& backend, const PyTensor& plane, const Int32s& cells,
          const Floats& frequencies, int64_t delta) {
+        check_writable("rotate_rope", plane);
         const auto rows = span_of(cells);
         const auto turns = span_of(frequencies);
         const py::gil_scoped_release unlocked;
@@ -35,6 +36,7 @@ void register_cache(py::module_& m) {
   m.def(
       "copy_cells",
       [](const PyTensor& plane, const Int32s& source, const Int32s& target) {
+        check_writable("copy_cells", plane);
         const auto from = span_of(source);
         const auto to = span_of(target);
         const py::gil_scoped_release unlocked;

@@ -54,6 +54,7 @@ void bind_leaves(py::class_<PyGraph>& graph) {
       .def(
           "state",
           [](PyGraph& g, std::string name, const PyTensor& t) {
+            check_writable("state", t);
             g.owners->push_back(t.owner);
             return wrap(g, g.graph->state(std::move(name), t.tensor));
           },
@@ -189,7 +190,7 @@ void bind_products(py::class_<PyGraph>& graph) {
           arg("normalize") = false, arg("scale") = 1.0f, "-> (ids, weights)");
 }
 
-void bind_attention(py::class_<PyGraph>& graph) {
+void bind_states(py::class_<PyGraph>& graph) {
   graph
       .def(
           "cache_write",
@@ -214,7 +215,17 @@ void bind_attention(py::class_<PyGraph>& graph) {
           },
           arg("q_nope"), arg("q_rope"), arg("cache_latent"), arg("cache_rope"), arg("k_b"),
           arg("v_b"), arg("spans"), arg("block_table"), arg("scale"), arg("k_b_transposed") = false,
-          arg("block_cells") = 64, arg("precision") = "fast");
+          arg("block_cells") = 64, arg("precision") = "fast")
+      .def(
+          "square_sums",
+          [](PyGraph& g, const PyNode& sums, const PyNode& counts, const PyNode& x,
+             const Optional& ids) {
+            const SquareSums written =
+                square_sums(*g.graph, {sums.node, counts.node}, x.node, raw(ids));
+            return std::make_pair(wrap(g, written.sums), wrap(g, written.counts));
+          },
+          arg("sums"), arg("counts"), arg("x"), arg("ids") = kNone,
+          "-> (sums, counts): the state after the squares of x were added");
 }
 
 }  // namespace
@@ -236,7 +247,7 @@ void register_graph(py::module_& m) {
   bind_views(graph);
   bind_rows(graph);
   bind_products(graph);
-  bind_attention(graph);
+  bind_states(graph);
 }
 
 }  // namespace mla::bindings

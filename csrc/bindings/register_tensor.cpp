@@ -14,11 +14,29 @@ void check_fits(const Layout& layout, int64_t offset, int64_t size_bytes) {
   const FormatTraits& t = traits(layout.format);
   for (int i = 0; i < kMaxRank; ++i) {
     const int64_t steps = i == 3 ? layout.shape.extent[i] / t.block_elems : layout.shape.extent[i];
-    (layout.stride[i] < 0 ? low : high) += (steps - 1) * layout.stride[i];
+    int64_t& end = layout.stride[i] < 0 ? low : high;
+    int64_t reach = 0;
+    const bool fits = !__builtin_mul_overflow(steps - 1, layout.stride[i], &reach) &&
+                      !__builtin_add_overflow(end, reach, &end);
+    MLA_CHECK_SHAPE(fits, "tensor ", layout, ": stride ", layout.stride[i], " is out of range");
   }
-  MLA_CHECK_SHAPE(low >= 0 && high + t.block_bytes <= size_bytes, "tensor ", layout, " at byte ",
+  MLA_CHECK_SHAPE(low >= 0 && high <= size_bytes - t.block_bytes, "tensor ", layout, " at byte ",
                   offset, " reaches bytes ", low, " to ", high + t.block_bytes, " of a buffer of ",
                   size_bytes);
+}
+
+// Kernels read whole numbers, and the compiler may count on where they lie. Blocks of quantized
+// formats begin with 16-bit numbers, or hold some at even places.
+void check_aligned(const Tensor& tensor) {
+  const FormatTraits& t = traits(tensor.format);
+  if (tensor.shape.n_elems() == 0) return;
+  const int64_t unit = t.quantized ? int64_t{sizeof(uint16_t)} : t.block_bytes;
+  bool aligned = reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(unit) == 0;
+  for (int i = 0; i < kMaxRank; ++i) {
+    aligned = aligned && (tensor.shape.extent[i] == 1 || tensor.stride[i] % unit == 0);
+  }
+  MLA_CHECK_SHAPE(aligned, "tensor ", static_cast<const Layout&>(tensor),
+                  ": address and strides must be multiples of ", unit);
 }
 
 PyTensor make_tensor(const py::buffer& memory, const std::string& format,
@@ -46,7 +64,9 @@ PyTensor make_tensor(const py::buffer& memory, const std::string& format,
                                                    info.strides[static_cast<size_t>(d)];
   }
   check_fits(layout, offset, size_bytes);
-  return {Tensor(layout, static_cast<std::byte*>(info.ptr) + offset), memory};
+  const Tensor tensor(layout, static_cast<std::byte*>(info.ptr) + offset);
+  check_aligned(tensor);
+  return {tensor, memory, !info.readonly};
 }
 
 std::vector<int64_t> dims_of(const Shape& shape) {
@@ -54,6 +74,11 @@ std::vector<int64_t> dims_of(const Shape& shape) {
 }
 
 }  // namespace
+
+void check_writable(const char* op, const PyTensor& tensor) {
+  MLA_CHECK_SHAPE(tensor.writable, op, ": ", static_cast<const Layout&>(tensor.tensor),
+                  " lies in read-only memory");
+}
 
 py::array to_array(const Tensor& tensor, py::object owner) {
   const auto dims = dims_of(tensor.shape);
@@ -95,7 +120,12 @@ void register_tensor(py::module_& m) {
       .def_property_readonly("shape", [](const PyTensor& t) { return dims_of(t.tensor.shape); })
       .def_property_readonly("n_bytes", [](const PyTensor& t) { return t.tensor.span_bytes(); })
       .def(
-          "view", [](const PyTensor& t) { return to_array(t.tensor, t.owner); },
+          "view",
+          [](const PyTensor& t) {
+            py::array array = to_array(t.tensor, t.owner);
+            if (!t.writable) array.attr("flags").attr("writeable") = false;
+            return array;
+          },
           "ndarray over the same memory: BF16 as uint16, quantized rows as uint8.");
 }
 

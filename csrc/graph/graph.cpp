@@ -69,9 +69,21 @@ Node* Graph::state(std::string name, const Tensor& tensor) {
   return node;
 }
 
-void Graph::output(Node* node) { outputs_.push_back(node); }
+void Graph::check_own(const Node* node) const {
+  const auto id = static_cast<size_t>(node->id);
+  MLA_CHECK_SHAPE(id < nodes_.size() && nodes_[id].get() == node, "graph: ", op_name(node->op), " ",
+                  node->layout, " is a node of another graph");
+}
+
+void Graph::output(Node* node) {
+  check_own(node);
+  outputs_.push_back(node);
+}
 
 Node* Graph::add_node(Op op, const Layout& layout, std::vector<Node*> inputs, Attrs attrs) {
+  for (const Node* input : inputs) {
+    if (input != nullptr) check_own(input);
+  }
   auto node = std::make_unique<Node>();
   node->op = op;
   node->layout = layout;
@@ -81,6 +93,7 @@ Node* Graph::add_node(Op op, const Layout& layout, std::vector<Node*> inputs, At
 }
 
 Node* Graph::add_view(Node* of, const Layout& layout, int64_t offset_bytes) {
+  check_own(of);
   auto node = std::make_unique<Node>();
   node->op = Op::view;
   node->layout = layout;
@@ -88,16 +101,6 @@ Node* Graph::add_view(Node* of, const Layout& layout, int64_t offset_bytes) {
   node->source = of;
   node->offset_bytes = offset_bytes;
   return adopt(std::move(node));
-}
-
-Node* Graph::find_input(std::string_view name) const {
-  std::string known;
-  for (const auto& node : nodes_) {
-    if (node->op != Op::input) continue;
-    if (node->label == name) return node.get();
-    known += concat(known.empty() ? "" : ", ", node->label);
-  }
-  throw ShapeError(concat("graph: no input '", name, "'; it has ", known));
 }
 
 }  // namespace mla

@@ -16,16 +16,17 @@ class Graph {
   Node* state(std::string name, const Tensor& tensor);
   void output(Node* node);  // kept readable after a run; may be called several times
 
-  // The only way a computing or view node comes to be; builders in graph/ops call it.
+  // The only way a computing or view node comes to be; builders in graph/ops call it. Throws
+  // ShapeError for operands of another graph.
   Node* add_node(Op op, const Layout& layout, std::vector<Node*> inputs, Attrs attrs = {});
   Node* add_view(Node* of, const Layout& layout, int64_t offset_bytes);
 
   const std::vector<std::unique_ptr<Node>>& nodes() const { return nodes_; }
   const std::vector<Node*>& outputs() const { return outputs_; }
-  Node* find_input(std::string_view name) const;  // throws ShapeError naming the inputs there are
 
  private:
   Node* adopt(std::unique_ptr<Node> node);
+  void check_own(const Node* node) const;
   std::vector<std::unique_ptr<Node>> nodes_;
   std::vector<Node*> outputs_;
 };

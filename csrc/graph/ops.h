@@ -1,4 +1,5 @@
 // The builders: each validates its operands and adds one node. All throw ShapeError, FormatError.
+// Operands are F32 where nothing else is said; results are contiguous.
 // Shapes are outermost first; `..` stands for up to two leading batch dims.
 #pragma once
 
@@ -12,10 +13,10 @@ Node* view_slice(Graph& g, Node* x, int axis, int64_t begin, int64_t end);
 Node* view_reshape(Graph& g, Node* x, const Shape& shape);
 Node* view_broadcast(Graph& g, Node* x, const Shape& shape);
 
-// x any float format, any strides -> F32, F16 or BF16, contiguous.
+// x any float format, any strides -> F32, F16 or BF16; or any format -> the same one.
 Node* copy(Graph& g, Node* x, Format format);
 
-// a + b, same shape, F32, any strides -> contiguous F32.
+// a + b, same shape, any strides.
 Node* add(Graph& g, Node* a, Node* b);
 
 // table [V, D] of any weight format, ids [T] I32 -> [T, D] F32.
@@ -24,14 +25,16 @@ Node* get_rows(Graph& g, Node* table, Node* ids);
 // x [.., D] any float format, any strides; weight [D] F32 or null -> F32.
 Node* rms_norm(Graph& g, Node* x, Node* weight, RmsNormAttrs attrs);
 
-// x [T, H, R] (or [T, R]), positions [T] I32, inverse frequencies [R/2] F32 -> F32.
+// x [T, H, R] (or [T, R]) any float format, any strides; positions [T] I32; inverse frequencies
+// [R/2] -> F32.
 // Rotates the pairs (2i, 2i+1) by positions * frequencies.
 Node* rope(Graph& g, Node* x, Node* positions, Node* frequencies, RopeAttrs attrs);
 
-// softmax(scale * x + mask) along the last dim; mask broadcasts to x or is null.
+// softmax(scale * x + mask) along the last dim; x any float format, mask broadcasts to x or is
+// null; any strides -> F32. Rows that are -inf throughout give zeros.
 Node* softmax(Graph& g, Node* x, Node* mask, SoftmaxAttrs attrs);
 
-// silu(gate) * up, same shape, any strides.
+// silu(gate) * up, same shape, any float formats and strides -> F32.
 Node* swiglu(Graph& g, Node* gate, Node* up);
 
 // x [.., M, K] F32, F16 or BF16, any strides; w [.., N, K] (transpose_w: [.., K, N]) any weight
@@ -39,13 +42,14 @@ Node* swiglu(Graph& g, Node* gate, Node* up);
 // residual, if not null, has the result's shape and is added.
 Node* matmul(Graph& g, Node* x, Node* w, MatmulAttrs attrs, Node* residual = nullptr);
 
-// x [T, A or 1, K], w [E, N, K], ids [T, A] I32 -> [T, A, N]: row (t, a) meets expert ids[t, a].
+// x [T, A or 1, K] any float format, w [E, N, K] any weight format, ids [T, A] I32 -> [T, A, N]:
+// row (t, a) meets expert ids[t, a].
 // With weights [T, A]: the weighted sum over a, [T, N], + residual [T, N] if not null.
 Node* matmul_indexed(Graph& g, Node* x, Node* w, Node* ids, MatmulAttrs attrs,
                      Node* weights = nullptr, Node* residual = nullptr);
 
-// x [.., M, K], gate and up [N, K] -> swiglu of both products, [.., M, N].
-// With ids [T, A]: x [T, K], gate and up [E, N, K] -> [T, A, N].
+// x [.., M, K] any float format, gate and up [N, K] any weight formats -> swiglu of both products,
+// [.., M, N]. With ids [T, A]: x [T, K], gate and up [E, N, K] -> [T, A, N].
 Node* swiglu_matmul(Graph& g, Node* x, Node* gate, Node* up, MatmulAttrs attrs,
                     Node* ids = nullptr);
 
@@ -58,7 +62,7 @@ struct Routing {
 };
 Routing route(Graph& g, Node* logits, Node* bias, RouteAttrs attrs);
 
-// The cache of one layer: two planes over the same cells.
+// The cache of one layer: two planes over the same cells. cache_write takes states (or views).
 struct CacheNodes {
   Node* latent;  // [cells, C] F32, F16, BF16 or Q8_0
   Node* rope;    // [cells, R] F32, F16 or BF16
@@ -84,5 +88,15 @@ struct Span {
 // -> [T, H, V] F32. Tokens in no span come out as zeros.
 Node* mla_attention(Graph& g, Node* q_nope, Node* q_rope, CacheNodes cache, Node* k_b, Node* v_b,
                     Node* spans, Node* block_table, AttentionAttrs attrs);
+
+// How much each column of a weight matters. sums [G, K] F32 and counts [G] I32 are states (or
+// views); the squares of x [.., M, K], any float format, any strides, are added to them, one row of
+// sums per matrix of x. With ids [T, A]: x [T, A or 1, K], and row (t, a) counts for expert
+// ids[t, a]. Returns the state as it is after that.
+struct SquareSums {
+  Node* sums;
+  Node* counts;
+};
+SquareSums square_sums(Graph& g, SquareSums state, Node* x, Node* ids = nullptr);
 
 }  // namespace mla

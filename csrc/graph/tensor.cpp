@@ -1,6 +1,7 @@
 #include "graph/tensor.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <ostream>
 #include <sstream>
 #include <vector>
@@ -8,6 +9,21 @@
 #include "base/error.h"
 
 namespace mla {
+
+namespace {
+
+// Below this, bytes, strides and sums of a graph's sizes stay far within 64 bits.
+constexpr int64_t kMaxElems = int64_t{1} << 50;
+
+void check_count(const Shape& shape) {
+  int64_t n = 1;
+  for (int64_t extent : shape.extent) {  // empty dims count as one: strides are products too
+    const bool fits = !__builtin_mul_overflow(n, std::max<int64_t>(extent, 1), &n);
+    MLA_CHECK_SHAPE(fits && n <= kMaxElems, "shape: ", shape, " has more than 2^50 elements");
+  }
+}
+
+}  // namespace
 
 Shape::Shape(std::initializer_list<int64_t> dims)
     : Shape(std::span<const int64_t>(dims.begin(), dims.size())) {}
@@ -19,6 +35,7 @@ Shape::Shape(std::span<const int64_t> dims) : rank(static_cast<int>(dims.size())
     MLA_CHECK_SHAPE(dims[i] >= 0, "shape: extent ", dims[i], " is negative");
     extent[kMaxRank - dims.size() + i] = dims[i];
   }
+  check_count(*this);
 }
 
 int64_t Shape::dim(int i) const {
@@ -37,6 +54,7 @@ std::string Shape::str() const {
 std::ostream& operator<<(std::ostream& out, const Shape& shape) { return out << shape.str(); }
 
 Layout Layout::contiguous(Format format, const Shape& shape) {
+  check_count(shape);
   Layout out{format, shape, {}};
   const FormatTraits& t = traits(format);
   out.stride[3] = t.block_bytes;
@@ -61,9 +79,17 @@ bool Layout::is_contiguous() const {
 int64_t Layout::span_bytes() const {
   if (shape.n_elems() == 0) return 0;
   const FormatTraits& t = traits(format);
-  int64_t last = (shape.extent[3] / t.block_elems - 1) * stride[3] + t.block_bytes;
-  for (int i = 0; i < 3; ++i) last += (shape.extent[i] - 1) * stride[i];
-  return last;
+  int64_t bytes = (shape.extent[3] / t.block_elems - 1) * std::abs(stride[3]) + t.block_bytes;
+  for (int i = 0; i < 3; ++i) bytes += (shape.extent[i] - 1) * std::abs(stride[i]);
+  return bytes;
+}
+
+int64_t Layout::low_bytes() const {
+  if (shape.n_elems() == 0) return 0;
+  const int64_t last = shape.extent[3] / traits(format).block_elems - 1;
+  int64_t bytes = last * std::min<int64_t>(stride[3], 0);
+  for (int i = 0; i < 3; ++i) bytes += (shape.extent[i] - 1) * std::min<int64_t>(stride[i], 0);
+  return bytes;
 }
 
 std::string Layout::str() const { return concat(format_name(format), " ", shape.str()); }

@@ -46,8 +46,10 @@ struct Layout {
   static Layout contiguous(Format format, const Shape& shape);
   bool is_contiguous() const;
   bool rows_are_contiguous() const;  // innermost elements adjacent
-  // Bytes from the first byte to one past the last that any index reaches.
+  // Bytes from the lowest byte to one past the highest that any index reaches.
   int64_t span_bytes() const;
+  // Where the lowest byte lies: 0, or less where a stride is negative.
+  int64_t low_bytes() const;
   int64_t dim(int i) const { return shape.dim(i); }
   std::string str() const;  // "F32 [2, 3]"
 };

@@ -33,6 +33,11 @@ CacheNodes cache_write(Graph& g, CacheNodes cache, Node* latent, Node* rope, Nod
   MLA_CHECK_SHAPE(cells->shape().rank == 1 && cells->dim(0) == latent->dim(0), op, ": cells ",
                   cells->layout, " must be [", latent->dim(0), "]");
   check_cache(op, cache, latent->dim(1), rope->dim(1));
+  for (Node* plane : {cache.latent, cache.rope}) {
+    const Op root = root_of(plane).node->op;
+    MLA_CHECK_SHAPE(root == Op::state, op, ": the cache ", plane->layout, " is of the kind ",
+                    op_name(root), ", accepted is state");
+  }
   // The node has no data of its own; what it returns are views of the cache that come after it.
   Node* write = g.add_node(Op::cache_write, Layout::contiguous(Format::I32, Shape{0}),
                            {cache.latent, cache.rope, latent, rope, cells});
