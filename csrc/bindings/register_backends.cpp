@@ -36,17 +36,23 @@ Checkpoint make_checkpoint(const CancelToken* token) {
 }
 
 struct PyExecutor {
+  std::shared_ptr<std::vector<py::object>> owners;  // outlive the executor, which uses their memory
   std::unique_ptr<Executor> executor;
+};
+
+// What an output may lie in: the arena, or a weight or state of the graph.
+struct OutputMemory {
+  std::shared_ptr<std::byte> arena;
   std::shared_ptr<std::vector<py::object>> owners;
 };
 
 InputData to_input(const std::string& name, const py::array& value) {
   const py::dtype dtype = value.dtype();
   Format format = Format::F32;
-  if (dtype.is(py::dtype::of<int32_t>())) {
+  if (dtype.equal(py::dtype::of<int32_t>())) {
     format = Format::I32;
   } else {
-    MLA_CHECK(FormatError, dtype.is(py::dtype::of<float>()), "input '", name, "': dtype ",
+    MLA_CHECK(FormatError, dtype.equal(py::dtype::of<float>()), "input '", name, "': dtype ",
               std::string(py::str(dtype)), " came, accepted is float32 or int32");
   }
   MLA_CHECK_SHAPE((value.flags() & py::array::c_style) != 0, "input '", name,
@@ -72,10 +78,9 @@ void run(PyExecutor& self, const py::dict& inputs, const CancelToken* cancel) {
 
 py::array output(const PyExecutor& self, size_t i) {
   const Tensor t = self.executor->output(i);
-  auto hold =
-      std::make_unique<std::shared_ptr<std::byte>>(self.executor->workspace().arena(kHost).data);
-  const py::capsule owner(hold.release(),
-                          [](void* p) { delete static_cast<std::shared_ptr<std::byte>*>(p); });
+  auto hold = std::make_unique<OutputMemory>(
+      OutputMemory{self.executor->workspace().arena(kHost).data, self.owners});
+  const py::capsule owner(hold.release(), [](void* p) { delete static_cast<OutputMemory*>(p); });
   return to_array(t, owner);
 }
 
@@ -116,13 +121,14 @@ void register_devices(py::module_& m) {
           [](const Backend& b, const PyNode& node) { return b.supports_op(*node.node); },
           arg("node"));
   py::class_<cpu::CpuBackend, Backend, std::shared_ptr<cpu::CpuBackend>>(m, "CpuBackend")
-      .def(py::init<std::shared_ptr<sys::ThreadPool>, std::string_view>(), arg("pool"),
+      .def(py::init<std::shared_ptr<sys::ThreadPool>, std::string_view>(), arg("pool").none(false),
            arg("isa") = "", "Raises UnsupportedError where this CPU lacks the ISA.")
       .def_property_readonly("isa", [](const cpu::CpuBackend& b) { return std::string(b.isa()); })
       .def_property_readonly("n_threads", &cpu::CpuBackend::n_threads);
   py::class_<SubsetBackend, Backend, std::shared_ptr<SubsetBackend>>(
       m, "SubsetBackend", "Another backend restricted to some ops, with memory of its own.")
-      .def(py::init<std::shared_ptr<Backend>, std::set<std::string>>(), arg("inner"), arg("ops"))
+      .def(py::init<std::shared_ptr<Backend>, std::set<std::string>>(), arg("inner").none(false),
+           arg("ops"))
       .def_property_readonly("n_steps", &SubsetBackend::n_steps);
   m.def("compiled_isas", &cpu::compiled_isas, "ISAs in this build, best first.");
   m.def("available_isas", &cpu::available_isas, "Those that this CPU has, best first.");
@@ -151,13 +157,16 @@ void register_backends(py::module_& m) {
       });
   py::class_<PyExecutor>(m, "Executor", "A planned graph, run again and again.")
       .def(py::init([](const PyGraph& g, std::shared_ptr<Workspace> workspace) {
-             return PyExecutor{std::make_unique<Executor>(g.graph, std::move(workspace)), g.owners};
+             return PyExecutor{g.owners, std::make_unique<Executor>(g.graph, std::move(workspace))};
            }),
-           arg("graph"), arg("workspace"), "Raises UnsupportedError where no backend has a node.")
+           arg("graph"), arg("workspace").none(false),
+           "Raises UnsupportedError where no backend has a node.")
       .def("run", &run, arg("inputs"), arg("cancel") = nullptr,
-           "inputs: float32 or int32 arrays by name, C-contiguous. Raises CancelledError.")
+           "inputs: float32 or int32 arrays by name, C-contiguous. Raises CancelledError, and "
+           "DeviceError where the workspace is in use.")
       .def("output", &output, arg("index") = 0,
-           "View of an output; its values stay until the next run in the workspace.")
+           "View of an output; its values stay until the next run in the workspace. Raises "
+           "DeviceError where they are gone.")
       .def("report", &report);
 }
 

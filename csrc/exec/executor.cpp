@@ -1,5 +1,6 @@
 #include "exec/executor.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "base/error.h"
@@ -9,7 +10,12 @@ namespace mla {
 Executor::Executor(std::shared_ptr<const Graph> graph, std::shared_ptr<Workspace> workspace)
     : graph_(std::move(graph)),
       workspace_(std::move(workspace)),
-      plan_(make_plan(*graph_, *workspace_)) {
+      plan_(make_plan(*graph_, *workspace_)),
+      outputs_(graph_->outputs()),
+      constants_(static_cast<size_t>(workspace_->n_domains())) {
+  for (const auto& node : graph_->nodes()) {
+    if (node->op == Op::input) inputs_.push_back(node.get());
+  }
   slot_of_.assign(static_cast<size_t>(workspace_->n_domains()),
                   std::vector<int>(graph_->nodes().size(), -1));
   for (size_t i = 0; i < plan_.slots.size(); ++i) {
@@ -17,22 +23,33 @@ Executor::Executor(std::shared_ptr<const Graph> graph, std::shared_ptr<Workspace
     slot_of_[static_cast<size_t>(slot.domain)][static_cast<size_t>(slot.root->id)] =
         static_cast<int>(i);
   }
-  for (Domain d = 0; d < workspace_->n_domains(); ++d) {
-    workspace_->reserve(d, static_cast<size_t>(plan_.arena_bytes[static_cast<size_t>(d)]));
-  }
-  for (size_t b = 0; b < plan_.scratch_bytes.size(); ++b) {
-    workspace_->reserve_scratch(static_cast<int>(b), static_cast<size_t>(plan_.scratch_bytes[b]));
-  }
+  const Workspace::Turn turn(*workspace_);
+  copy_constants();
   bind();
+}
+
+void Executor::copy_constants() {
+  for (const PlannedStep& step : plan_.steps) {
+    if (step.node == nullptr) continue;
+    const Domain domain = workspace_->domain_of(step.backend);
+    if (domain == kHost) continue;
+    for (Node* in : step.node->inputs) {
+      Node* root = in != nullptr ? root_of(in).node : nullptr;
+      if (root == nullptr || root->op != Op::weight) continue;
+      auto& copy = constants_[static_cast<size_t>(domain)][root];
+      if (copy == nullptr) {
+        copy = workspace_->constant(domain, Tensor(root->layout, root->constant));
+      }
+    }
+  }
 }
 
 Tensor Executor::resolve(Node* node, Domain domain) const {
   const Root root = root_of(node);
   if (root.node->op == Op::weight || root.node->op == Op::state) {
-    const Tensor whole(root.node->layout, root.node->constant);
-    if (domain == kHost) return Tensor(node->layout, whole.data + root.offset_bytes);
-    // A device holds the weight densely, so a view of it is found by its own strides only.
-    return workspace_->constant(domain, Tensor(node->layout, whole.data + root.offset_bytes));
+    if (domain == kHost) return Tensor(node->layout, root.node->constant + root.offset_bytes);
+    std::byte* copy = constants_[static_cast<size_t>(domain)].at(root.node).get();
+    return Tensor(node->layout, copy - root.node->layout.low_bytes() + root.offset_bytes);
   }
   const int slot = slot_of_[static_cast<size_t>(domain)][static_cast<size_t>(root.node->id)];
   std::byte* base = workspace_->arena(domain).data.get();
@@ -41,6 +58,12 @@ Tensor Executor::resolve(Node* node, Domain domain) const {
 }
 
 void Executor::bind() {
+  for (Domain d = 0; d < workspace_->n_domains(); ++d) {
+    workspace_->reserve(d, static_cast<size_t>(plan_.arena_bytes[static_cast<size_t>(d)]));
+  }
+  for (size_t b = 0; b < plan_.scratch_bytes.size(); ++b) {
+    workspace_->reserve_scratch(static_cast<int>(b), static_cast<size_t>(plan_.scratch_bytes[b]));
+  }
   steps_.clear();
   segments_.clear();
   for (const PlannedStep& planned : plan_.steps) {
@@ -69,23 +92,41 @@ void Executor::bind() {
   bound_generation_ = workspace_->generation();
 }
 
+namespace {
+
+std::string names(const std::vector<Node*>& inputs) {
+  std::string text;
+  for (const Node* node : inputs) text += concat(text.empty() ? "" : ", ", node->label);
+  return text;
+}
+
+}  // namespace
+
 void Executor::fill(std::span<const InputData> inputs) {
-  size_t n_declared = 0;
-  for (const auto& node : graph_->nodes()) n_declared += node->op == Op::input;
   for (const InputData& given : inputs) {
-    Node* node = graph_->find_input(given.name);
-    MLA_CHECK_SHAPE(given.format == node->format() && given.shape == node->shape(), "input '",
-                    given.name, "': ", format_name(given.format), " ", given.shape,
+    const bool known = std::any_of(inputs_.begin(), inputs_.end(),
+                                   [&](const Node* node) { return node->label == given.name; });
+    MLA_CHECK_SHAPE(known, "run: no input '", given.name, "'; the graph has ", names(inputs_));
+  }
+  for (Node* node : inputs_) {
+    const auto given = std::find_if(inputs.begin(), inputs.end(), [&](const InputData& data) {
+      return data.name == node->label;
+    });
+    MLA_CHECK_SHAPE(given != inputs.end(), "run: ", inputs.size(), " inputs came, the graph has ",
+                    inputs_.size(), ": '", node->label, "' is missing");
+    MLA_CHECK_SHAPE(given->format == node->format() && given->shape == node->shape(), "input '",
+                    given->name, "': ", format_name(given->format), " ", given->shape,
                     " came, accepted is ", node->layout);
     const Tensor to = resolve(node, kHost);
-    std::memcpy(to.data, given.data, static_cast<size_t>(to.span_bytes()));
+    if (given->data == nullptr) continue;  // no elements
+    std::memcpy(to.data, given->data, static_cast<size_t>(to.span_bytes()));
   }
-  MLA_CHECK_SHAPE(inputs.size() == n_declared, "run: ", inputs.size(),
-                  " inputs came, the graph has ", n_declared);
 }
 
 void Executor::run(std::span<const InputData> inputs, const Checkpoint& checkpoint) {
+  const Workspace::Turn turn(*workspace_);
   if (bound_generation_ != workspace_->generation()) bind();
+  const uint64_t values = workspace_->next_values();
   fill(inputs);
   const auto& backends = workspace_->backends();
   for (const Segment& segment : segments_) {
@@ -98,11 +139,15 @@ void Executor::run(std::span<const InputData> inputs, const Checkpoint& checkpoi
     }
   }
   for (const auto& backend : backends) backend->sync();
+  values_ = values;  // what an exception stops leaves none
 }
 
 Tensor Executor::output(size_t i) const {
-  MLA_CHECK_SHAPE(i < graph_->outputs().size(), "output ", i, " of ", graph_->outputs().size());
-  return resolve(graph_->outputs()[i], kHost);
+  MLA_CHECK_SHAPE(i < outputs_.size(), "output ", i, " of ", outputs_.size());
+  MLA_CHECK(DeviceError, values_ == workspace_->values(), "output ", i,
+            ": its values are not there: ",
+            values_ == 0 ? "nothing has run yet" : "the workspace has been used since");
+  return resolve(outputs_[i], kHost);
 }
 
 }  // namespace mla

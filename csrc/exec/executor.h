@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #include "exec/planner.h"
@@ -18,18 +19,18 @@ struct InputData {
 
 class Executor {
  public:
-  // Plans at once; throws UnsupportedError, MemoryLimitError.
+  // Plans at once; throws UnsupportedError, MemoryLimitError, DeviceError where the workspace is in
+  // use. What is added to the graph later is not seen.
   Executor(std::shared_ptr<const Graph> graph, std::shared_ptr<Workspace> workspace);
 
   // Every input of the graph must be given. Allocates nothing unless another executor of the
-  // workspace made it grow in between. Not to be called from two threads at once per workspace.
+  // workspace made it grow in between. Throws DeviceError where the workspace is in use.
   void run(std::span<const InputData> inputs, const Checkpoint& checkpoint);
 
-  // In host memory; the values stay until the next run of any executor of the workspace.
+  // In host memory; the values stay until another run in the workspace or an executor that makes it
+  // grow. Throws DeviceError where they are gone, or there were none yet.
   Tensor output(size_t i) const;
-  size_t n_outputs() const { return graph_->outputs().size(); }
   const Plan& plan() const { return plan_; }
-  const Graph& graph() const { return *graph_; }
   const Workspace& workspace() const { return *workspace_; }
 
  private:
@@ -41,6 +42,7 @@ class Executor {
   };
   void bind();
   Tensor resolve(Node* node, Domain domain) const;
+  void copy_constants();
   void fill(std::span<const InputData> inputs);
 
   std::shared_ptr<const Graph> graph_;
@@ -48,8 +50,13 @@ class Executor {
   Plan plan_;
   std::vector<Step> steps_;
   std::vector<Segment> segments_;
+  std::vector<Node*> inputs_;
+  std::vector<Node*> outputs_;
   std::vector<std::vector<int>> slot_of_;  // [domain][node id] -> slot, -1: none
+  // Of each device: its copies of weights, by the weight.
+  std::vector<std::unordered_map<const Node*, std::shared_ptr<std::byte>>> constants_;
   uint64_t bound_generation_ = ~uint64_t{0};
+  uint64_t values_ = 0;  // those of the last run
 };
 
 }  // namespace mla

@@ -126,10 +126,16 @@ class Planner {
     return 0;
   }
 
-  // First fit in order of birth: the lowest gap among the values alive at the same time.
+  // First fit in order of birth: the lowest gap among the values alive at the same time. Inputs are
+  // born before the run, wherever in the graph they were declared.
   void place() {
+    std::vector<Slot*> born;
+    for (Slot& slot : plan_.slots) born.push_back(&slot);
+    std::stable_sort(born.begin(), born.end(),
+                     [](const Slot* a, const Slot* b) { return a->first < b->first; });
     std::vector<Slot*> alive;
-    for (Slot& slot : plan_.slots) {
+    for (Slot* next : born) {
+      Slot& slot = *next;
       std::erase_if(alive, [&](const Slot* other) { return other->last < slot.first; });
       int64_t at = 0;
       for (const Slot* other : alive) {  // sorted by offset
@@ -156,13 +162,6 @@ class Planner {
 };
 
 }  // namespace
-
-int Plan::find_slot(const Node* root, Domain domain) const {
-  for (size_t i = 0; i < slots.size(); ++i) {
-    if (slots[i].root == root && slots[i].domain == domain) return static_cast<int>(i);
-  }
-  return -1;
-}
 
 Plan make_plan(const Graph& graph, const Workspace& workspace) {
   return Planner(graph, workspace).make();

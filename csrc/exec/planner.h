@@ -37,8 +37,6 @@ struct Plan {
   std::vector<int64_t> scratch_bytes;  // by backend
   int64_t unshared_bytes = 0;          // what the arenas would take without reuse
   int n_copies = 0;
-
-  int find_slot(const Node* root, Domain domain) const;  // -1: none
 };
 
 // Throws UnsupportedError naming op, formats and shapes where no backend supports a node.

@@ -1,5 +1,7 @@
 #include "exec/workspace.h"
 
+#include <algorithm>
+
 #include "base/error.h"
 
 namespace mla {
@@ -7,6 +9,7 @@ namespace mla {
 Workspace::Workspace(std::vector<std::shared_ptr<Backend>> backends)
     : backends_(std::move(backends)), owner_{-1}, scratch_(backends_.size()) {
   for (size_t i = 0; i < backends_.size(); ++i) {
+    MLA_CHECK(UnsupportedError, backends_[i] != nullptr, "workspace: backend ", i, " is none");
     if (backends_[i]->shares_host_memory()) {
       domain_.push_back(kHost);
       if (owner_[kHost] < 0) owner_[kHost] = static_cast<int>(i);
@@ -20,31 +23,45 @@ Workspace::Workspace(std::vector<std::shared_ptr<Backend>> backends)
   arena_.resize(owner_.size());
 }
 
+Workspace::Turn::Turn(Workspace& workspace) : busy_(workspace.busy_) {
+  MLA_CHECK(DeviceError, !busy_.test_and_set(std::memory_order_acquire),
+            "workspace: another executor is running in it");
+}
+
 void Workspace::reserve(Domain domain, size_t arena_bytes) {
   Buffer& arena = arena_[static_cast<size_t>(domain)];
-  if (arena.size_bytes >= arena_bytes) return;
-  arena = {};  // release first: both need not exist at once
-  arena = owner(domain).alloc(arena_bytes, {});
+  // Never nothing: a null pointer means an operand that is absent, not one that is empty.
+  const size_t wanted = std::max<size_t>(arena_bytes, 1);
+  if (arena.size_bytes >= wanted) return;
   ++generation_;
+  next_values();
+  arena = {};  // release first: both need not exist at once
+  arena = owner(domain).alloc(wanted, {});
 }
 
 void Workspace::reserve_scratch(int backend, size_t bytes) {
   Buffer& scratch = scratch_[static_cast<size_t>(backend)];
   if (scratch.size_bytes >= bytes) return;
+  ++generation_;
   scratch = {};
   scratch = backends_[static_cast<size_t>(backend)]->alloc(bytes, {});
-  ++generation_;
 }
 
-Tensor Workspace::constant(Domain domain, const Tensor& host) {
-  if (domain == kHost) return host;
-  const Layout dense = Layout::contiguous(host.format, host.shape);
-  Buffer& buffer = constants_[{domain, host.data, host.format, host.shape.extent, host.stride}];
-  if (buffer.data == nullptr) {
-    buffer = owner(domain).alloc(static_cast<size_t>(dense.span_bytes()), {});
-    owner(domain).copy(Tensor(dense, buffer.data.get()), host);
+std::shared_ptr<std::byte> Workspace::constant(Domain domain, const Tensor& host) {
+  const Key key = {domain, host.data, host.format, host.shape.extent, host.stride};
+  if (const auto found = constants_.find(key); found != constants_.end()) {
+    if (auto alive = found->second.lock()) return alive;
   }
-  return Tensor(dense, buffer.data.get());
+  std::erase_if(constants_, [](const auto& entry) { return entry.second.expired(); });
+  const auto n_bytes = static_cast<size_t>(std::max<int64_t>(host.span_bytes(), 1));
+  Buffer buffer = owner(domain).alloc(n_bytes, {});
+  Tensor once = host;  // what a stride of 0 repeats is there once
+  for (int i = 0; i < kMaxRank; ++i) {
+    if (once.stride[i] == 0) once.shape.extent[i] = std::min<int64_t>(once.shape.extent[i], 1);
+  }
+  owner(domain).copy(Tensor(once, buffer.data.get() - host.low_bytes()), once);
+  constants_[key] = buffer.data;
+  return buffer.data;
 }
 
 }  // namespace mla

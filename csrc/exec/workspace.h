@@ -2,6 +2,7 @@
 // and one scratch block, plus constants that had to be copied to a device.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -30,15 +31,35 @@ class Workspace {
     return *backends_[static_cast<size_t>(owner_[static_cast<size_t>(domain)])];
   }
 
-  // Grow to at least these sizes; executors notice by generation() and bind anew.
+  // The right to change or use the memory: one executor at a time. Throws DeviceError where another
+  // has it, be it in another thread or further up in this one; waiting could wait for itself.
+  class Turn {
+   public:
+    explicit Turn(Workspace& workspace);
+    ~Turn() { busy_.clear(std::memory_order_release); }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+   private:
+    std::atomic_flag& busy_;
+  };
+
+  // Grow to at least these sizes; executors notice by generation() and bind anew. Where memory is
+  // short, what there was is gone too, and MemoryLimitError is thrown.
   void reserve(Domain domain, size_t arena_bytes);
   void reserve_scratch(int backend, size_t bytes);
   const Buffer& arena(Domain domain) const { return arena_[static_cast<size_t>(domain)]; }
   const Buffer& scratch(int backend) const { return scratch_[static_cast<size_t>(backend)]; }
   uint64_t generation() const { return generation_; }
 
-  // `host` copied into `domain`, once for all executors. Weights only: the copy never changes.
-  Tensor constant(Domain domain, const Tensor& host);
+  // Whose values the arenas hold: a new number for each run and each new arena.
+  uint64_t next_values() { return ++values_; }
+  uint64_t values() const { return values_; }
+
+  // A copy in `domain` of the bytes that `host` spans, from the lowest on. Executors share it and
+  // keep it alive: it goes with the last of them, because then the host memory may go as well and
+  // other weights take its place. Weights only: the copy never changes.
+  std::shared_ptr<std::byte> constant(Domain domain, const Tensor& host);
 
  private:
   std::vector<std::shared_ptr<Backend>> backends_;
@@ -47,8 +68,11 @@ class Workspace {
   std::vector<Buffer> arena_;
   std::vector<Buffer> scratch_;
   using Extents = std::array<int64_t, kMaxRank>;
-  std::map<std::tuple<Domain, const std::byte*, Format, Extents, Extents>, Buffer> constants_;
+  using Key = std::tuple<Domain, const std::byte*, Format, Extents, Extents>;
+  std::map<Key, std::weak_ptr<std::byte>> constants_;
+  std::atomic_flag busy_;
   uint64_t generation_ = 0;
+  uint64_t values_ = 0;
 };
 
 }  // namespace mla
