@@ -367,7 +367,7 @@ def _map_new_file(path: Path, n_bytes: int) -> npt.NDArray[np.uint8]:
     except FileExistsError:
         raise UsageError(f"kv_file {path} exists already; name a file that does not") from None
     except OSError as error:
-        raise UsageError(f"kv_file {path} cannot be created: {error.strerror}") from error
+        raise DeviceError(f"kv_file {path} cannot be created: {error.strerror}") from error
     with file:
         path.unlink()
         try:

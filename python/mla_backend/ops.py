@@ -4,9 +4,15 @@ Each function builds a graph of one operation whose operands are the arrays' own
 included (zero and negative ones too): nothing is copied on the way in. Results are new arrays.
 
 Floats are float32, float16 or ``ml_dtypes.bfloat16``; integers are int32; weights may also be a
-:class:`QuantTensor`. Shapes are outermost first, at most 4 dims. Every function takes the keywords
-of :class:`Where`; products also take ``precision``: "exact" keeps activations in float32 and
-decodes weights in registers, "fast" rounds activations to 8 bits or bfloat16 where that pays.
+:class:`QuantTensor`. Shapes are outermost first, at most 4 dims. Every function takes
+
+- ``backend``: "cpu";
+- ``isa``: one of :func:`available_isas`; None is MLA_CPU_ISA's, or the best;
+- ``threads``: how many, the caller included; None is one for each physical core. Results do not
+  depend on it.
+
+Products also take ``precision``: "exact" keeps activations in float32 and decodes weights in
+registers, "fast" rounds activations to 8 bits or bfloat16 where that pays.
 
 Raised everywhere: ShapeError (extents or strides), FormatError (dtypes), UnsupportedError (a
 backend, ISA or option that is not here), UsageError (a thread count below 1).
@@ -14,17 +20,15 @@ backend, ISA or option that is not here), UsageError (a thread count below 1).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, Literal, TypeAlias, TypedDict, Unpack
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
 from mla_backend import _core
 from mla_backend.attention_mode import MODES, AttentionMode, HeadDims, expands
-from mla_backend.errors import FormatError, ShapeError, UnsupportedError, UsageError
+from mla_backend.eager import F32, I32, Array, Call, Precision, Weight, Where, available_isas
+from mla_backend.errors import ShapeError, UnsupportedError
 from mla_backend.formats import by_name
 from mla_backend.quant_tensor import QuantTensor, quantize
 
@@ -47,134 +51,60 @@ __all__ = [
     "swiglu_matmul",
 ]
 
-Array: TypeAlias = npt.NDArray[Any]
-F32: TypeAlias = npt.NDArray[np.float32]
-I32: TypeAlias = npt.NDArray[np.int32]
-Weight: TypeAlias = Array | QuantTensor
-Precision: TypeAlias = Literal["fast", "exact"]
-
-_FORMAT_OF_DTYPE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32"}
 _BLOCK_CELLS = 64  # cells per block of the cache that mla_attention makes
-
-
-class Where(TypedDict, total=False):
-    """What runs an operation.
-
-    ``backend``: "cpu", the default. ``isa``: one of :func:`available_isas`; None takes the
-    environment's MLA_CPU_ISA, or the best. ``threads``: how many, the caller included; None is one
-    for each physical core. Results do not depend on it.
-    """
-
-    backend: str
-    isa: str | None
-    threads: int | None
-
-
-def available_isas() -> list[str]:
-    """The instruction sets that this CPU can run kernels of, best first."""
-    return list(_core.available_isas())
-
-
-# ---- running one operation -----------------------------------------------------------------------
-
-
-@lru_cache(maxsize=8)
-def _pool(n_threads: int) -> _core.ThreadPool:
-    """Pools cost a start of threads, so scripts that call op after op share them."""
-    return _core.ThreadPool(n_threads)
-
-
-def _cpu(isa: str, n_threads: int) -> _core.CpuBackend:
-    return _core.CpuBackend(_pool(n_threads), isa)
-
-
-_BACKENDS: dict[str, Callable[[str, int], _core.CpuBackend]] = {"cpu": _cpu}
-
-
-def _memory(array: Array) -> tuple[Array, int]:
-    """The same memory with ascending strides, and where in it the array starts, in bytes."""
-    ascending = array[tuple(slice(None, None, -1 if s < 0 else 1) for s in array.strides)]
-    steps = zip(array.strides, array.shape, strict=True)
-    return ascending, sum(-stride * max(n - 1, 0) for stride, n in steps if stride < 0)
-
-
-def _tensor(op: str, name: str, value: Weight) -> _core.Tensor:
-    if isinstance(value, QuantTensor):
-        strides = [*value.rows.strides[:-1], by_name(value.format).block_bytes]
-        memory, offset = _memory(value.rows)
-        return _core.Tensor(memory, value.format, list(value.shape), strides, offset)
-    array = np.asarray(value)
-    format = _FORMAT_OF_DTYPE.get(array.dtype.name)
-    if format is None or not array.dtype.isnative:
-        raise FormatError(
-            f"{op}: {name} is {array.dtype.name if array.dtype.isnative else array.dtype}, "
-            "accepted is float32, float16 or bfloat16, for ids and positions int32"
-        )
-    if not array.flags.aligned:
-        raise ShapeError(f"{op}: the elements of {name} are not aligned to their size")
-    memory, offset = _memory(array.view(np.uint16) if format == "BF16" else array)
-    return _core.Tensor(memory, format, list(array.shape), list(array.strides), offset)
-
-
-class _Call:
-    """One operation: operands become constant nodes, then it runs."""
-
-    def __init__(
-        self, op: str, backend: str = "cpu", isa: str | None = None, threads: int | None = None
-    ) -> None:
-        make = _BACKENDS.get(backend)
-        if make is None:
-            raise UnsupportedError(f"{op}: backend {backend!r}, accepted is {', '.join(_BACKENDS)}")
-        if threads is not None and threads < 1:
-            raise UsageError(f"{op}: threads is {threads}, accepted is 1 or more")
-        self._op = op
-        device = make(isa or "", threads or 0)
-        self.isa = device.isa
-        self._workspace = _core.Workspace([device])
-        self.graph = _core.Graph()
-
-    def operand(self, name: str, value: Weight) -> _core.Node:
-        return self.graph.weight(name, _tensor(self._op, name, value))
-
-    def optional(self, name: str, value: Array | None) -> _core.Node | None:
-        return None if value is None else self.operand(name, value)
-
-    def run(self, *nodes: _core.Node) -> tuple[Array, ...]:
-        """Compute the nodes. The workspace is this call's own, so the results stay as they are."""
-        for node in nodes:
-            self.graph.output(node)
-        executor = _core.Executor(self.graph, self._workspace)
-        executor.run({})
-        return tuple(executor.output(i) for i in range(len(nodes)))
 
 
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def copy(x: Array, format: str = "F32", **where: Unpack[Where]) -> Array:
+def copy(
+    x: Array,
+    format: str = "F32",
+    *,
+    backend: str = "cpu",
+    isa: str | None = None,
+    threads: int | None = None,
+) -> Array:
     """Copy x [..] to a new contiguous array, as "F32", "F16" or "BF16" (or I32 from int32)."""
-    call = _Call("copy", **where)
+    call = Call("copy", backend, isa, threads)
     name = by_name(format).name
     (out,) = call.run(call.graph.copy(call.operand("x", x), name))
     return out.view(ml_dtypes.bfloat16) if name == "BF16" else out
 
 
-def add(a: Array, b: Array, **where: Unpack[Where]) -> F32:
+def add(
+    a: Array, b: Array, *, backend: str = "cpu", isa: str | None = None, threads: int | None = None
+) -> F32:
     """a + b: float32, same shape."""
-    call = _Call("add", **where)
+    call = Call("add", backend, isa, threads)
     return call.run(call.graph.add(call.operand("a", a), call.operand("b", b)))[0]
 
 
-def get_rows(table: Weight, ids: I32, **where: Unpack[Where]) -> F32:
+def get_rows(
+    table: Weight,
+    ids: I32,
+    *,
+    backend: str = "cpu",
+    isa: str | None = None,
+    threads: int | None = None,
+) -> F32:
     """Rows ``ids`` [T] of ``table`` [V, D], decoded: float32 [T, D]."""
-    call = _Call("get_rows", **where)
+    call = Call("get_rows", backend, isa, threads)
     node = call.graph.get_rows(call.operand("table", table), call.operand("ids", ids))
     return call.run(node)[0]
 
 
-def rms_norm(x: Array, weight: F32 | None = None, eps: float = 1e-6, **where: Unpack[Where]) -> F32:
+def rms_norm(
+    x: Array,
+    weight: F32 | None = None,
+    eps: float = 1e-6,
+    *,
+    backend: str = "cpu",
+    isa: str | None = None,
+    threads: int | None = None,
+) -> F32:
     """x / sqrt(mean(x^2) + eps) * weight along the last dim: x [.., D], weight [D] float32."""
-    call = _Call("rms_norm", **where)
+    call = Call("rms_norm", backend, isa, threads)
     node = call.graph.rms_norm(call.operand("x", x), call.optional("weight", weight), eps)
     return call.run(node)[0]
 
@@ -186,14 +116,16 @@ def rope(
     *,
     base: float = 10000.0,
     scale: float = 1.0,
-    **where: Unpack[Where],
+    backend: str = "cpu",
+    isa: str | None = None,
+    threads: int | None = None,
 ) -> F32:
     """Rotate the pairs (2i, 2i+1) of x [T, H, R] or [T, R] by positions [T] * frequencies [R/2].
 
     ``frequencies``: radians a position, float32; None is base^(-2i/R). ``scale`` multiplies sine
     and cosine. Angles are exact up to 2^31 radians; positions may be negative.
     """
-    call = _Call("rope", **where)
+    call = Call("rope", backend, isa, threads)
     width = np.shape(x)[-1] if np.ndim(x) else 0
     if frequencies is None:
         exponents = np.arange(0, width - width % 2, 2, dtype=np.float64) / max(width, 1)
@@ -207,19 +139,34 @@ def rope(
     return call.run(node)[0]
 
 
-def softmax(x: Array, mask: F32 | None = None, scale: float = 1.0, **where: Unpack[Where]) -> F32:
+def softmax(
+    x: Array,
+    mask: F32 | None = None,
+    scale: float = 1.0,
+    *,
+    backend: str = "cpu",
+    isa: str | None = None,
+    threads: int | None = None,
+) -> F32:
     """softmax(scale * x + mask) along the last dim; ``mask`` broadcasts to x.
 
     A row that is -inf throughout gives zeros.
     """
-    call = _Call("softmax", **where)
+    call = Call("softmax", backend, isa, threads)
     node = call.graph.softmax(call.operand("x", x), call.optional("mask", mask), scale)
     return call.run(node)[0]
 
 
-def swiglu(gate: Array, up: Array, **where: Unpack[Where]) -> F32:
+def swiglu(
+    gate: Array,
+    up: Array,
+    *,
+    backend: str = "cpu",
+    isa: str | None = None,
+    threads: int | None = None,
+) -> F32:
     """gate / (1 + e^-gate) * up, same shape."""
-    call = _Call("swiglu", **where)
+    call = Call("swiglu", backend, isa, threads)
     return call.run(call.graph.swiglu(call.operand("gate", gate), call.operand("up", up)))[0]
 
 
@@ -234,7 +181,9 @@ def route(
     group_score: Literal["max", "top2_sum"] = "max",
     normalize: bool = False,
     scale: float = 1.0,
-    **where: Unpack[Where],
+    backend: str = "cpu",
+    isa: str | None = None,
+    threads: int | None = None,
 ) -> tuple[I32, F32]:
     """Choose A = n_used of E experts for each token: ids int32 [T, A], weights float32 [T, A].
 
@@ -244,7 +193,7 @@ def route(
     without bias, divided by their sum with ``normalize``, times ``scale``. Falling order of choice,
     ties to the lower id, NaN last.
     """
-    call = _Call("route", **where)
+    call = Call("route", backend, isa, threads)
     ids, weights = call.graph.route(
         call.operand("logits", logits),
         call.optional("bias", bias),
@@ -270,14 +219,16 @@ def matmul(
     precision: Precision = "fast",
     transpose_w: bool = False,
     residual: F32 | None = None,
-    **where: Unpack[Where],
+    backend: str = "cpu",
+    isa: str | None = None,
+    threads: int | None = None,
 ) -> F32:
     """x [.., M, K] times w [.., N, K] transposed, + residual: float32 [.., M, N].
 
     Leading dims of w divide those of x; w's index is x's index // ratio. With ``transpose_w``, w is
     [.., K, N].
     """
-    call = _Call("matmul", **where)
+    call = Call("matmul", backend, isa, threads)
     operands = call.operand("x", x), call.operand("w", w), call.optional("residual", residual)
     return call.run(call.graph.matmul(*operands, precision=precision, transpose_w=transpose_w))[0]
 
@@ -290,13 +241,15 @@ def matmul_indexed(
     weights: F32 | None = None,
     residual: F32 | None = None,
     precision: Precision = "fast",
-    **where: Unpack[Where],
+    backend: str = "cpu",
+    isa: str | None = None,
+    threads: int | None = None,
 ) -> F32:
     """Row (t, a) of x [T, A or 1, K] times expert ids[t, a] of w [E, N, K]: float32 [T, A, N].
 
     With ``weights`` [T, A]: the weighted sum over a, + residual [T, N]: float32 [T, N].
     """
-    call = _Call("matmul_indexed", **where)
+    call = Call("matmul_indexed", backend, isa, threads)
     operands = call.operand("x", x), call.operand("w", w), call.operand("ids", ids)
     extra = call.optional("weights", weights), call.optional("residual", residual)
     return call.run(call.graph.matmul_indexed(*operands, *extra, precision=precision))[0]
@@ -309,13 +262,15 @@ def swiglu_matmul(
     *,
     ids: I32 | None = None,
     precision: Precision = "fast",
-    **where: Unpack[Where],
+    backend: str = "cpu",
+    isa: str | None = None,
+    threads: int | None = None,
 ) -> F32:
     """swiglu(x gate^T, x up^T): x [.., M, K], gate and up [N, K] -> float32 [.., M, N].
 
     With ``ids`` [T, A]: x [T, K] and experts gate and up [E, N, K] -> float32 [T, A, N].
     """
-    call = _Call("swiglu_matmul", **where)
+    call = Call("swiglu_matmul", backend, isa, threads)
     operands = call.operand("x", x), call.operand("gate", gate), call.operand("up", up)
     node = call.graph.swiglu_matmul(*operands, call.optional("ids", ids), precision=precision)
     return call.run(node)[0]
@@ -334,7 +289,7 @@ def _span(mode: AttentionMode, dims: HeadDims, n_tokens: int, n_cells: int, isa:
     return np.array([[0, 0, n_tokens, 0, n_cells, expanded]], np.int32)
 
 
-def _cache(call: _Call, latent: F32, k_rope: F32, cache_type: str) -> tuple[_core.Node, _core.Node]:
+def _cache(call: Call, latent: F32, k_rope: F32, cache_type: str) -> tuple[_core.Node, _core.Node]:
     """Write all positions into a new cache: the nodes of its two planes."""
     stored = by_name(cache_type)
     n_cells = latent.shape[0]
@@ -368,7 +323,9 @@ def mla_attention(
     cache_type: str = "F32",
     k_b_transposed: bool = False,
     precision: Precision = "fast",
-    **where: Unpack[Where],
+    backend: str = "cpu",
+    isa: str | None = None,
+    threads: int | None = None,
 ) -> F32:
     """Causal latent attention of one sequence, whose last T of S positions are the queries.
 
@@ -377,7 +334,7 @@ def mla_attention(
     a cache of ``cache_type`` (F32, F16, BF16, or Q8_0 with k_rope in F16). ``scale`` multiplies
     q.k. "auto" takes the mode with fewer multiplications. Returns float32 [T, H, V].
     """
-    call = _Call("mla_attention", **where)
+    call = Call("mla_attention", backend, isa, threads)
     if [np.ndim(a) for a in (q_nope, latent, k_rope)] != [3, 2, 2] or len(v_b.shape) != 3:
         raise ShapeError("mla_attention: q_nope and v_b must have 3 dims, latent and k_rope 2")
     dims = HeadDims(latent.shape[1], q_nope.shape[2], k_rope.shape[1], v_b.shape[1])
