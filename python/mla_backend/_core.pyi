@@ -93,6 +93,10 @@ class Graph:
         ...
     def softmax(self, x: Node, mask: Node | None = None, scale: typing.SupportsFloat | typing.SupportsIndex = 1.0) -> Node:
         ...
+    def square_sums(self, sums: Node, counts: Node, x: Node, ids: Node | None = None) -> tuple[Node, Node]:
+        """
+        -> (sums, counts): the state after the squares of x were added
+        """
     def state(self, name: str, tensor: Tensor) -> Node:
         """
         Memory that runs may write: the cache.
@@ -175,13 +179,13 @@ class Executor:
         """
     def output(self, index: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.typing.NDArray[typing.Any]:
         """
-        View of an output; its values stay until the next run in the workspace.
+        View of an output; its values stay until the next run in the workspace. Raises DeviceError where they are gone.
         """
     def report(self) -> dict[str, typing.Any]:
         ...
     def run(self, inputs: dict[str, typing.Any], cancel: CancelToken | None = None) -> None:
         """
-        inputs: float32 or int32 arrays by name, C-contiguous. Raises CancelledError.
+        inputs: float32 or int32 arrays by name, C-contiguous. Raises CancelledError, and DeviceError where the workspace is in use.
         """
 class MappedFile:
     """

@@ -30,6 +30,7 @@ constexpr auto kOps = std::to_array<OpRow>({
     {Op::route, &route_op},
     {Op::cache_write, &cache_write_op},
     {Op::mla_attention, &mla_attention_op},
+    {Op::square_sums, &square_sums_op},
 });
 
 const CpuOp* find(Op op) {

@@ -34,6 +34,7 @@ MLA_OP(swiglu_matmul)
 MLA_OP(route)
 MLA_OP(cache_write)
 MLA_OP(mla_attention)
+MLA_OP(square_sums)
 #undef MLA_OP
 
 inline bool always(const Node&, const KernelTable&) { return true; }
