@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
@@ -22,15 +23,18 @@ def estimate(recipes: Sequence[Recipe], pieces: Sequence[Piece], n_threads: int)
     A sample of each kind is read and made. Where the checkpoint is not in the page cache, the
     samples are dominated by its disk, and so is the estimate.
     """
-    costs: dict[_Kind, float] = {}
-    seconds = 0.0
+    largest: dict[_Kind, Piece] = {}
+    n_elems: Counter[_Kind] = Counter()
     for piece in pieces:
         recipe = recipes[piece.tensor]
         kind = (recipe.sources[0].tensor.dtype, recipe.target.format)
-        n_elems = _elems(recipe, piece)
-        if kind not in costs and n_elems * 4 >= _SAMPLE_ELEMS:
-            costs[kind] = _cost(recipe, piece)
-        seconds += n_elems * costs.get(kind, 0.0)
+        n_elems[kind] += _elems(recipe, piece)
+        best = largest.get(kind)
+        if best is None or _elems(recipe, piece) > _elems(recipes[best.tensor], best):
+            largest[kind] = piece
+    seconds = sum(
+        n_elems[kind] * _cost(recipes[piece.tensor], piece) for kind, piece in largest.items()
+    )
     return seconds / n_threads
 
 

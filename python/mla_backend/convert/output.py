@@ -24,7 +24,7 @@ from ..errors import MlaError
 from ..gguf import Value
 from ..gguf.writer import FileLayout, NewTensor, check_disk, lay_out, shard_keys, shard_path
 from .journal import Journal
-from .pieces import PIECE_ELEMS, Piece
+from .pieces import Piece
 from .workers import run_all
 
 #: Called with a phase name, the bytes done and the bytes in total.
@@ -86,8 +86,9 @@ class OutputPlan:
     def fingerprint(self) -> str:
         """A hash over everything that the bytes of the files depend on."""
         core = Path(_core.__file__).stat()
-        facts = [self.identity, str(PIECE_ELEMS), str(core.st_size), str(core.st_mtime_ns)]
+        facts = [self.identity, str(core.st_size), str(core.st_mtime_ns)]
         digest = sha256("\n".join(facts).encode())
+        digest.update(np.array([piece.n_bytes for piece in self.pieces], np.int64).tobytes())
         for shard in self.shards:
             digest.update(shard.layout.header)
         return digest.hexdigest()
