@@ -156,3 +156,79 @@ def test_gil_is_free_while_computing() -> None:
     stop.set()
     counter.join()
     assert sum(began < t < ended for t in ticks) >= (2 if ended - began > 0.02 else 0)
+
+
+def in_a_process(source: str) -> str:
+    """What a program prints, which has ended well within a minute."""
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_threads_that_cannot_be_started() -> None:
+    """Those that were started are ended again, and an exception says how many there were."""
+    source = """
+import resource
+from mla_backend import _core
+from mla_backend.errors import DeviceError
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+try:
+    _core.ThreadPool(4096)
+except DeviceError as error:
+    print(error)
+"""
+    assert "of 4096 threads could be started" in in_a_process(source)
+
+
+def test_more_chunks_than_one_ticket_counts() -> None:
+    """2100^2 matrices are as many chunks, above the 2^22 of one section."""
+    ones = np.ones((2100, 2100, 1, 1), np.float32)
+    g = _core.Graph()
+    x = g.input("x", "F32", list(ones.shape))
+    g.output(g.matmul(x, g.weight("w", _core.Tensor(ones, "F32", list(ones.shape)))))
+    executor = _core.Executor(g, _core.Workspace([_core.CpuBackend(_core.ThreadPool(2))]))
+    executor.run({"x": ones})
+    np.testing.assert_array_equal(executor.output(0), ones)
+
+
+FORK = """
+import os, threading
+import numpy as np
+from mla_backend import _core
+ones = np.ones((512, 512), np.float32)
+pool = _core.ThreadPool(3)
+def product():
+    g = _core.Graph()
+    x = g.input("x", "F32", [512, 512])
+    g.output(g.matmul(x, g.weight("w", _core.Tensor(ones, "F32", [512, 512]))))
+    executor = _core.Executor(g, _core.Workspace([_core.CpuBackend(pool)]))
+    executor.run({"x": ones})
+    return executor.output(0).sum() == 512.0**3
+stop = threading.Event()
+def compute():
+    while not stop.is_set():
+        assert product()
+busy = threading.Thread(target=compute)
+busy.start()
+"""
+CHILDREN = """
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        right = []
+        callers = [threading.Thread(target=lambda: right.append(product())) for _ in range(4)]
+        for caller in callers: caller.start()
+        for caller in callers: caller.join()
+        os._exit(0 if right == [True] * 4 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+stop.set()
+busy.join()
+print("done")
+"""
+
+
+def test_forks_while_another_thread_computes() -> None:
+    """A child starts workers of its own, also where several of its threads come at once."""
+    assert in_a_process(FORK + CHILDREN) == "done\n"
