@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+
 import numpy as np
 import numpy.typing as npt
 import pytest
