@@ -117,8 +117,9 @@ inline void decode(Format format, const std::byte* row, int64_t n_elems, float* 
 }
 
 // ---- activations --------------------------------------------------------------------------------
-// Packing::q8: 256 activations as bytes, one scale per 32 elements (given twice, once per group of
-// 16) and the scaled sums of groups, which meet the weights' mins. The last is padded with zeros.
+// Packing::q8: 256 activations as bytes, with a scale for each group of 16 (weights have at most that
+// many scales) and the scaled sums of the groups, which meet the weights' mins. The last is padded
+// with zeros.
 struct PackedSuper {
   int8_t q[block::kSuper];
   float scale[kGroup];
@@ -188,12 +189,12 @@ inline void pack_bf16(const std::byte* x, Format format, int64_t stride_bytes, i
   }
 }
 
-// 32 floats -> bytes; returns the scale. Infinities and NaNs make the scale NaN, so that they
+// A group of floats -> bytes; returns the scale. Infinities and NaNs make the scale NaN, so that they
 // reach the result.
-inline float quantize32(const float* x, int8_t* q) {
+inline float quantize_group(const float* x, int8_t* q) {
   typedef int8_t Narrow __attribute__((vector_size(kLanes)));
   F32 most = zero(), poison = zero();
-  for (int i = 0; i < 32; i += kLanes) {
+  for (int i = 0; i < kGroup; i += kLanes) {
     const F32 v = load(x + i);
     most = max(most, max(v, zero() - v));
     poison = v * zero() + poison;
@@ -202,7 +203,7 @@ inline float quantize32(const float* x, int8_t* q) {
   // Below this 127 / largest would overflow; such a group counts as zeros.
   const float inverse = largest > 1e-36f ? 127.0f / largest : 0.0f;
   const F32 magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  for (int i = 0; i < 32; i += kLanes) {
+  for (int i = 0; i < kGroup; i += kLanes) {
     const F32 shifted = load(x + i) * set1(inverse) + magic;
     const I32 rounded = std::bit_cast<I32>(shifted) - std::bit_cast<I32>(magic);
     const Narrow narrow = __builtin_convertvector(rounded, Narrow);
@@ -217,14 +218,13 @@ inline void pack_q8(const std::byte* x, Format format, int64_t stride_bytes, int
   PackedSuper* y = reinterpret_cast<PackedSuper*>(out);
   for (int64_t i = 0; i < k; i += kChunk, ++y) {
     gather(x, format, stride_bytes, i, smaller(kChunk, k - i), buffer);
-    for (int g = 0; g < kGroup; g += 2) {
-      const float scale = quantize32(buffer + g * kGroup, y->q + g * kGroup);
-      for (int h = g; h < g + 2; ++h) {
-        int sum = 0;
-        for (int j = 0; j < kGroup; ++j) sum += y->q[h * kGroup + j];
-        y->scale[h] = scale;
-        y->sum[h] = scale * static_cast<float>(sum);
-      }
+    for (int g = 0; g < block::kSuper / kGroup; ++g) {
+      int8_t* q = y->q + g * kGroup;
+      const float scale = quantize_group(buffer + g * kGroup, q);
+      int sum = 0;
+      for (int j = 0; j < kGroup; ++j) sum += q[j];
+      y->scale[g] = scale;
+      y->sum[g] = scale * static_cast<float>(sum);
     }
   }
 }

@@ -3,7 +3,7 @@
 // Quantized weights, fast: x is packed to bytes (PackedSuper). Per 256 weights and row of x,
 //     y += sum_g scale_w[g] scale_x[g] (sum of q_w q_x over group g) - min_w[g] sum_x[g],
 // g over the 16 groups of 16: integer dot products, one conversion and FMA per register of bytes.
-// Error: x is off by at most max|x| / 254 within its 32, no other rounding above float32's.
+// Error: x is off by at most max|x| / 254 within its 16, no other rounding above float32's.
 //
 // All else: 256 weights are decoded to floats, which stay in the first-level cache, and meet
 // float32 rows of x. Error: that of a float32 sum in 2 * kLanes parts.
