@@ -214,6 +214,16 @@ def test_damaged_containers(tmp_path: Path, content: bytes, text: str) -> None:
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("first", [b"<", b"{", b"P", b"G", b"v"])
+def test_lengths_that_look_like_other_files(tmp_path: Path, first: bytes) -> None:
+    path = tmp_path / "m.safetensors"
+    header = json.dumps({"a": entry(0, 8)}).encode()
+    header += b" " * ((first[0] - len(header)) % 256)
+    path.write_bytes(container(header, bytes(8)))
+    assert path.read_bytes().startswith(first)
+    assert list(read_header(path)) == ["a"]
+
+
 def test_containers_with_empty_tensors(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     write_safetensors(path, {"a": np.zeros((0, 4), np.float32), "b": np.ones(3, np.float32)})

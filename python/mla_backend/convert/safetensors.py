@@ -138,22 +138,22 @@ def _fail(path: Path, what: str, found: str, accepted: str) -> NoReturn:
 
 
 def _header_length(path: Path, first: bytes, n_bytes: int) -> int:
+    length = int(_LENGTH.unpack_from(first)[0]) if len(first) >= _LENGTH.size else 0
+    if 0 < length <= min(n_bytes - _LENGTH.size, _HEADER_LIMIT_BYTES):
+        return length
     for magic, text in _FOREIGN:
         if first.startswith(magic):
             _fail(path, "header", text, "a safetensors file")
-    if len(first) < _LENGTH.size:
-        _fail(path, "header", f"{n_bytes} bytes", "a safetensors file")
-    length = int(_LENGTH.unpack_from(first)[0])
+    if length == 0:
+        _fail(path, "header", f"{n_bytes} bytes without one", "a safetensors file")
     if length > _HEADER_LIMIT_BYTES:
         _fail(path, "header length", f"{length} bytes", f"at most {_HEADER_LIMIT_BYTES}")
-    if _LENGTH.size + length > n_bytes:
-        _fail(
-            path,
-            "header length",
-            f"{length} bytes in a file of {n_bytes}",
-            "a complete file (is the download truncated?)",
-        )
-    return length
+    _fail(
+        path,
+        "header length",
+        f"{length} bytes in a file of {n_bytes}",
+        "a complete file (is the download truncated?)",
+    )
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, dict[str, Any]]:
