@@ -35,12 +35,6 @@ def file(request: pytest.FixtureRequest) -> tuple[str, str]:
 def test_logits(
     fixtures_dir: Path, file: tuple[str, str], precision: str, attention: str, prompt: str
 ) -> None:
-    """The limit of the last logits, under ``fast``, is one for three of four positions.
-
-    After a near tie, rounding sends a token to other experts, which moves its logits by more than
-    any tolerance; whether that happens to the last one is chance. Our exact run tells the logits of
-    the other positions.
-    """
     limit = tolerances(*file, precision)
     want = expected(fixtures_dir, *file)
     got = our_logits(fixtures_dir, *file, attention, precision, prompt)
@@ -48,10 +42,7 @@ def test_logits(
     d = np.abs(ours - want[f"{prompt}_top_logprobs"]).max(axis=1)
     assert np.median(d) <= limit.d_median
     assert np.quantile(d, 0.9) <= limit.d_p90
-    truth = our_logits(fixtures_dir, *file, "expanded", "exact", prompt)
-    assert np.abs(truth[-1] - want[f"{prompt}_last_logits"]).max() <= 1e-4
-    worst = np.abs(got - truth).max(axis=1)
-    assert (worst[-1] if precision == "exact" else np.quantile(worst, 0.75)) <= limit.last
+    assert np.abs(got[-1] - want[f"{prompt}_last_logits"]).max() <= limit.last
     assert (got.argmax(axis=1) == want[f"{prompt}_top_ids"][:, 0]).mean() >= limit.top1
 
 
