@@ -17,23 +17,24 @@ namespace {
 
 // Grids end where another candidate gains less than a hundredth of the error on normal and on
 // heavy-tailed numbers: the more bits, the wider. Where nothing tells elements apart, small blocks
-// are searched as long as that costs no more than moving their bytes.
+// are searched as long as that costs no more than moving their bytes; under importance, where a
+// single number may be all that matters, finely.
 template <class Block>
 struct Encoder;
 template <>
-struct Encoder<block::Q4_0> : SmallSymmetric<Integers<-8, Grid{3, 4}, Grid{9, 2}>> {};
+struct Encoder<block::Q4_0> : SmallSymmetric<Integers<-8, Grid{3, 4}, Grid{19, 1}>> {};
 template <>
-struct Encoder<block::Q5_0> : SmallSymmetric<Integers<-16, Grid{5, 4}, Grid{9, 3}>> {};
+struct Encoder<block::Q5_0> : SmallSymmetric<Integers<-16, Grid{5, 4}, Grid{25, 1}>> {};
 template <>
 struct Encoder<block::Q8_0> : SmallSymmetric<SignedBytes> {};
 template <>
 struct Encoder<block::IQ4_NL> : SmallSymmetric<Iq4Levels> {};
 template <>
-struct Encoder<block::Q4_1> : SmallAffine<15, Grid{3, 5}, Grid{9, 3}> {};
+struct Encoder<block::Q4_1> : SmallAffine<15, Grid{3, 5}, Grid{25, 1}> {};
 template <>
-struct Encoder<block::Q5_1> : SmallAffine<31, Grid{3, 8}, Grid{9, 4}> {};
+struct Encoder<block::Q5_1> : SmallAffine<31, Grid{3, 8}, Grid{25, 1}> {};
 template <>
-struct Encoder<block::Q3_K> : SuperSymmetric<Integers<-4, Grid{9, 3}, Grid{9, 3}>, 16, -32> {};
+struct Encoder<block::Q3_K> : SuperSymmetric<Integers<-4, Grid{9, 3}, Grid{25, 1}>, 16, -32> {};
 template <>
 struct Encoder<block::Q6_K> : SuperSymmetric<Integers<-32, Grid{9, 7}, Grid{9, 7}>, 16, -128> {};
 template <>

@@ -82,6 +82,11 @@ MLA_INLINE bool store_bits(const R& runs, const Lanes& scale, uint16_t* bits) {
   return finite;
 }
 
+// How often super-blocks fit d to the integers they chose, and choose again.
+inline constexpr int kFits = 2;
+// How many d are tried under importance.
+inline constexpr int kScanned = 20;
+
 // Sixteen encoded runs. s and m are set by super-blocks only, dmin by affine formats.
 template <int N>
 struct Coded {
@@ -93,6 +98,12 @@ MLA_INLINE void store_bytes(const Lanes& x, uint8_t* out) {
   float lane[kRuns];
   store_f32x16(lane, x);
   for (int g = 0; g < kRuns; ++g) out[g] = static_cast<uint8_t>(static_cast<int>(lane[g]));
+}
+
+// Least squares after the search. Weighted sums leave more to be found between candidates.
+template <class R>
+constexpr int refinements() {
+  return R::kHasImportance ? 3 : 1;
 }
 
 // ---- symmetric ----------------------------------------------------------------------------------
@@ -110,7 +121,7 @@ struct SmallSymmetric {
 
   template <class R>
   static bool encode(const R& runs, Coded<kElems>& out) {
-    const Lanes d = as_stored(runs, fit_scale<Levels>(runs, 1));
+    const Lanes d = as_stored(runs, fit_scale<Levels>(runs, refinements<R>()).scale());
     choose_levels<Levels>(runs, d, out.q);
     return store_bits(runs, d, out.d);
   }
@@ -152,29 +163,73 @@ struct SuperSymmetric {
     return best;
   }
 
+  // All choices of a block under one d.
+  struct Trial {
+    Lanes d;
+    Choice choice;
+
+    // Block by block.
+    MLA_INLINE void keep_better(const Trial& other) {
+      const Lanes before = block_sum<kGroups>(choice.error);
+      const Lanes after = block_sum<kGroups>(other.choice.error);
+      const auto keep = [&](Lanes& mine, const Lanes& theirs) {
+        mine = where_larger(before, after, theirs, mine);
+      };
+      keep(d, other.d);
+      keep(choice.s, other.choice.s);
+      keep(choice.sums.xl, other.choice.sums.xl);
+      keep(choice.sums.ll, other.choice.sums.ll);
+      keep(choice.error, other.choice.error);
+    }
+  };
+
+  // The d whose multiples come nearest to the scales found, each weighing what a distance costs:
+  // where few runs are all that matters, most multiples would miss them.
+  static Lanes scan(const Lanes& found, const Lanes& cost, const Lanes& widest) {
+    Lanes best = every(0.0f), least = every(__builtin_inff());
+    for (int i = 0; i < kScanned; ++i) {
+      const float lowest = static_cast<float>(kLowest) - 1 + 0.25f * static_cast<float>(i);
+      const Lanes d = widest * every(1.0f / lowest);
+      const Lanes s = rounded(clamped(found * inverse(d), kLowest, -kLowest - 1));
+      const Lanes off = found - d * s;
+      const Lanes error = block_sum<kGroups>(cost * off * off);
+      best = where_larger(least, error, d, best);
+      least = lesser(error, least);
+    }
+    return best;
+  }
+
+  template <class R>
+  static Trial attempt(const R& runs, const Lanes& wanted, const Lanes& found) {
+    const Lanes d = as_stored(runs, wanted);
+    const Lanes nearest = rounded(clamped(found * inverse(d), kLowest, -kLowest - 1));
+    return {d, choose(runs, d, nearest)};
+  }
+
   template <class R>
   static bool encode(const R& runs, Coded<kElems>& out) {
-    const Lanes found = fit_scale<Levels>(runs, 1);
-    // The widest scale, of either sign, takes the lowest multiplier.
+    const ScaleSums fitted = fit_scale<Levels>(runs, 1);
+    const Lanes found = fitted.scale();
+    // The widest scale, of either sign, takes the lowest multiplier; or the one beside it, which
+    // scales of the other sign reach too.
     const Lanes high = block_max<kGroups>(found);
     const Lanes low = block_max<kGroups>(every(0.0f) - found);
     const Lanes widest = where_larger(high, low, high, every(0.0f) - low);
-    Lanes d = as_stored(runs, widest * every(1.0f / kLowest));
-    const Lanes nearest = rounded(clamped(found * inverse(d), kLowest, -kLowest - 1));
-    Choice best = choose(runs, d, nearest);
-
-    const Lanes xl = block_sum<kGroups>(best.s * best.sums.xl);
-    const Lanes ll = block_sum<kGroups>(best.s * best.s * best.sums.ll);
-    const Lanes fitted = as_stored(runs, xl * inverse(ll));
-    const Choice again = choose(runs, fitted, best.s);
-    const Lanes before = block_sum<kGroups>(best.error);
-    const Lanes after = block_sum<kGroups>(again.error);
-    d = where_larger(before, after, fitted, d);
-    const Lanes s = where_larger(before, after, again.s, best.s);
-
-    store_bytes(s, out.s);
-    choose_levels<Levels>(runs, d * s, out.q);
-    return store_bits(runs, d, out.d);
+    Trial best = attempt(runs, widest * every(1.0f / kLowest), found);
+    best.keep_better(attempt(runs, widest * every(1.0f / (kLowest + 1)), found));
+    if constexpr (R::kHasImportance) {
+      best.keep_better(attempt(runs, scan(found, fitted.ll, widest), found));
+    }
+    for (int i = 0; i < kFits; ++i) {
+      const Choice& c = best.choice;
+      const Lanes xl = block_sum<kGroups>(c.s * c.sums.xl);
+      const Lanes ll = block_sum<kGroups>(c.s * c.s * c.sums.ll);
+      const Lanes d = as_stored(runs, xl * inverse(ll));
+      best.keep_better({d, choose(runs, d, c.s)});
+    }
+    store_bytes(best.choice.s, out.s);
+    choose_levels<Levels>(runs, best.d * best.choice.s, out.q);
+    return store_bits(runs, best.d, out.d);
   }
 };
 
@@ -194,11 +249,22 @@ struct SmallAffine {
   static constexpr int kGroups = 1;
   static constexpr int kElems = block::kSmall;
 
+  // What suits the rounded scale best, where it is so small that rounding moved it far.
+  template <class R>
+  static Lanes min_under(const R& runs, const Affine& stored) {
+    const Lanes per_scale = inverse(stored.scale);
+    const AffineSums sums = affine_sums<kHighest>(runs, every(0.0f), stored.min, per_scale);
+    Lanes x = every(0.0f);
+    for (int e = 0; e < kElems; ++e) x = x + runs.weighted(e, runs.x[e]);
+    return (x - stored.scale * sums.q) / runs.total;
+  }
+
   template <class R>
   static bool encode(const R& runs, Coded<kElems>& out) {
     constexpr Grid kGrid = R::kHasImportance ? kImportant : kPlain;
-    const Affine found = fit_affine<kHighest, false, kGrid>(runs, 1);
-    const Affine stored = {as_stored(runs, found.scale), as_stored(runs, found.min)};
+    const Affine found = fit_affine<kHighest, false, kGrid>(runs, refinements<R>());
+    Affine stored = {as_stored(runs, found.scale), as_stored(runs, found.min)};
+    if constexpr (R::kHasImportance) stored.min = as_stored(runs, min_under(runs, stored));
     choose_affine<kHighest>(runs, stored, out.q);
     const bool has_d = store_bits(runs, stored.scale, out.d);
     return store_bits(runs, stored.min, out.dmin) && has_d;
@@ -303,19 +369,23 @@ struct SuperAffine {
     const Lanes s = rounded(clamped(found.scale * inverse(unit.d), 0, kMost));
     const Lanes m = rounded(clamped((every(0.0f) - found.min) * inverse(unit.dmin), 0, kMost));
     Choice best = choose(runs, unit, s, m);
-
-    const Unit fitted = fit_unit(runs, best, unit);
-    const Choice again = choose(runs, fitted, best.s, best.m);
-    const Lanes before = block_sum<kGroups>(best.error);
-    const Lanes after = block_sum<kGroups>(again.error);
-    const auto keep = [&](Lanes& mine, const Lanes& theirs) {
-      mine = where_larger(before, after, theirs, mine);
-    };
-    keep(unit.d, fitted.d);
-    keep(unit.dmin, fitted.dmin);
-    keep(best.s, again.s);
-    keep(best.m, again.m);
-
+    for (int i = 0; i < kFits; ++i) {
+      const Unit fitted = fit_unit(runs, best, unit);
+      const Choice again = choose(runs, fitted, best.s, best.m);
+      const Lanes before = block_sum<kGroups>(best.error);
+      const Lanes after = block_sum<kGroups>(again.error);
+      const auto keep = [&](Lanes& mine, const Lanes& theirs) {
+        mine = where_larger(before, after, theirs, mine);
+      };
+      keep(unit.d, fitted.d);
+      keep(unit.dmin, fitted.dmin);
+      keep(best.s, again.s);
+      keep(best.m, again.m);
+      keep(best.error, again.error);
+      keep(best.sums.q, again.sums.q);
+      keep(best.sums.qq, again.sums.qq);
+      keep(best.sums.xq, again.sums.xq);
+    }
     store_bytes(best.s, out.s);
     store_bytes(best.m, out.m);
     const Lanes min = every(0.0f) - unit.dmin * best.m;

@@ -139,11 +139,11 @@ inline Lanes number_of_largest_magnitude(const R& runs) {
 
 // Every step of refinement takes the levels that the best scale so far chooses.
 template <class Levels, class R>
-inline Lanes fit_scale(const R& runs, int n_refinements) {
+inline ScaleSums fit_scale(const R& runs, int n_refinements) {
   const Lanes widest = number_of_largest_magnitude(runs);
   constexpr bool kWeighted = R::kHasImportance;
   if constexpr (Levels::template candidates<kWeighted>() == 0) {
-    return widest * every(1.0f / 127);
+    return {widest, every(127.0f)};
   } else {
     const Lanes per_widest = inverse(widest);
     ScaleSums best = {every(0.0f), every(1.0f)};
@@ -154,7 +154,7 @@ inline Lanes fit_scale(const R& runs, int n_refinements) {
     for (int i = 0; i < n_refinements; ++i) {
       best.keep_better(scale_sums<Levels>(runs, inverse(best.scale())));
     }
-    return best.scale();
+    return best;
   }
 }
 
