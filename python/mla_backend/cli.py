@@ -17,6 +17,7 @@ from .commands.chat import chat
 from .commands.convert import convert
 from .commands.grouping import grouped
 from .commands.inspect import inspect
+from .commands.quantize import quantize
 from .commands.run import run
 from .commands.synth import synth
 from .commands.upgrade import upgrade
@@ -24,7 +25,7 @@ from .commands.version import version
 from .errors import MlaError, UsageError
 
 PROGRAM = "mla-backend"
-COMMANDS = (run, chat, inspect, convert, upgrade, synth, version)
+COMMANDS = (run, chat, inspect, convert, upgrade, quantize, synth, version)
 
 # typer brings its own click or uses the installed one: either way, this is its base of everything
 # that is wrong with a command line.

@@ -74,6 +74,7 @@ LAYER = {
     "cache": "session",
     "chat": "tokenizer",
     "config_keys": "config",
+    "imatrix_file": "gguf",
     "inspection": "model",
     "loading": "session",
     "locks": "session",
@@ -90,7 +91,7 @@ LAYER = {
 
 ARROWS = {
     "cli": {"commands"},
-    "commands": {"model", "convert", "gguf", "synth"},
+    "commands": {"model", "convert", "quantize", "gguf", "synth"},
     "server": {"model"},
     "model": {"generator", "session"},
     "ops": {"_core", "formats", "attention_mode"},
@@ -103,6 +104,7 @@ ARROWS = {
     "tokenizer": {"gguf"},
     "sampling": set(),
     "convert": {"config", "gguf", "formats", "_core"},
+    "quantize": {"convert", "gguf", "formats", "_core"},
     "synth": {"convert", "gguf", "formats", "_core"},
     "gguf": {"formats"},
     "formats": {"_core"},
