@@ -16,7 +16,9 @@ from typer.main import get_command
 from .commands.chat import chat
 from .commands.convert import convert
 from .commands.grouping import grouped
+from .commands.imatrix import imatrix
 from .commands.inspect import inspect
+from .commands.perplexity import perplexity
 from .commands.quantize import quantize
 from .commands.run import run
 from .commands.synth import synth
@@ -25,7 +27,7 @@ from .commands.version import version
 from .errors import MlaError, UsageError
 
 PROGRAM = "mla-backend"
-COMMANDS = (run, chat, inspect, convert, upgrade, quantize, synth, version)
+COMMANDS = (run, chat, inspect, convert, upgrade, quantize, imatrix, perplexity, synth, version)
 
 # typer brings its own click or uses the installed one: either way, this is its base of everything
 # that is wrong with a command line.

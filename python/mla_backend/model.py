@@ -30,7 +30,7 @@ from mla_backend.gguf import GGUFFile, TensorInfo, read_gguf
 from mla_backend.loading import LoadOptions, Weights, load_weights
 from mla_backend.locks import CallLock
 from mla_backend.memory import MemoryReport, check_memory, report_memory
-from mla_backend.models.inputs import BatchShape
+from mla_backend.models.inputs import BatchShape, Observer
 from mla_backend.planning import LoadPlan
 from mla_backend.runner import Engine, Logits, Runner
 from mla_backend.sampling import SamplingParams
@@ -271,9 +271,10 @@ class Model:
             finally:
                 session.close()
 
-    def session(self, n_ctx: int | None = None) -> Session:
+    def session(self, n_ctx: int | None = None, *, observer: Observer | None = None) -> Session:
         """A session with a cache of its own, of the model's context length unless told otherwise.
 
+        An observer is told of every product with weights as the session's graphs are built.
         Raises MemoryLimitError where another cache does not fit.
         """
         _check_count("n_ctx", n_ctx, _MAX_POSITIONS)
@@ -281,7 +282,7 @@ class Model:
         extra = cache_bytes(self.config, self._cache_type, n_ctx)
         self._check_memory(extra, cache_in_file=False)
         cache = self._new_cache(n_ctx, None)
-        return self._new_session(Runner(self._engine, cache), cache)
+        return self._new_session(Runner(self._engine, cache, observer), cache)
 
     def save_session(self, path: str | Path) -> None:
         """Save what the last call left in the model's own context; see ``Session.save``."""

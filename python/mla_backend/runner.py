@@ -18,7 +18,7 @@ from mla_backend.errors import ShapeError
 from mla_backend.loading import Weights
 from mla_backend.locks import CallLock
 from mla_backend.models.deepseek import SPAN_FIELDS, build_graph
-from mla_backend.models.inputs import BatchShape
+from mla_backend.models.inputs import BatchShape, Observer
 
 #: Graphs kept at a time. Decoding and full chunks take two; the rest are ends of prompts.
 _MAX_GRAPHS: Final = 16
@@ -60,9 +60,12 @@ class Engine:
 class Runner:
     """Computes logits for pieces of the sequences of one cache."""
 
-    def __init__(self, engine: Engine, cache: LatentCache) -> None:
+    def __init__(
+        self, engine: Engine, cache: LatentCache, observer: Observer | None = None
+    ) -> None:
         self._engine = engine
         self._cache = cache
+        self._observer = observer
         self._executors: OrderedDict[BatchShape, _core.Executor] = OrderedDict()
 
     @property
@@ -150,7 +153,12 @@ class Runner:
         if found is None:
             engine = self._engine
             graph = build_graph(
-                engine.config, engine.weights, self._cache.layout, shape, engine.precision
+                engine.config,
+                engine.weights,
+                self._cache.layout,
+                shape,
+                engine.precision,
+                self._observer,
             )
             found = _core.Executor(graph, engine.workspace)
             if len(self._executors) >= _MAX_GRAPHS:

@@ -108,7 +108,8 @@ def test_nothing_to_add(where: Where) -> None:
     add(state, numbers((2, 0, 8)), where)
     none = empty(4, 8)
     add(none, numbers((0, 1, 8)), where, np.zeros((0, 3), np.int32))
-    assert not (state[0].any() or state[1].any() or none[0].any() or none[1].any())
+    for array in (*state, *none):
+        assert not array.any()
 
 
 def test_threads_change_nothing(isa: str) -> None:
@@ -132,9 +133,9 @@ def test_messages(where: Where) -> None:
         add(empty(2, 8), x, where, np.zeros((4, 2), np.int32))
     with pytest.raises(ShapeError, match=r"ids\[1, 0\] is 7, accepted is 0 to 2"):
         add(empty(3, 8), x[:, None], where, np.array([[0], [7], [1], [1]], np.int32))
+    g = _core.Graph()
+    sums = g.state("sums", _core.Tensor(np.zeros((1, 8), np.float32), "F32", [1, 8]))
     with pytest.raises(FormatError, match="counts is F32"):
-        g = _core.Graph()
-        sums = g.state("sums", _core.Tensor(np.zeros((1, 8), np.float32), "F32", [1, 8]))
         g.square_sums(sums, sums, constant(g, "x", x))
 
 

@@ -26,7 +26,13 @@ _LATENT_EPS = 1e-6
 
 
 class ReferenceModel:
-    """``logits`` of a file, one prompt at a time."""
+    """``logits`` of a file, one prompt at a time.
+
+    Attributes:
+        squares: by weight and then by matrix of it (expert or head, else 0): the squares of its
+            inputs, summed over the rows of all prompts so far.
+        rows: likewise, the number of those rows.
+    """
 
     def __init__(self, path: Path) -> None:
         reader = GGUFReader(path)
@@ -44,6 +50,16 @@ class ReferenceModel:
         self._value = int(self._key(f"attention.value_length{suffix}"))
         self._latent = int(self._key("attention.kv_lora_rank"))
         self._eps = float(self._key("attention.layer_norm_rms_epsilon"))
+        self.squares: dict[str, dict[int, F64]] = {}
+        self.rows: dict[str, dict[int, int]] = {}
+
+    def _meet(self, x: F64, *names: str, matrix: int = 0) -> None:
+        """Note that rows x [T, K] are multiplied with the weights ``names``."""
+        for name in names:
+            squares = self.squares.setdefault(name, {})
+            squares[matrix] = squares.get(matrix, 0) + np.square(x).sum(axis=0)
+            rows = self.rows.setdefault(name, {})
+            rows[matrix] = rows.get(matrix, 0) + len(x)
 
     def _prefixed(self) -> set[str]:
         return {name.removeprefix("deepseek2.") for name in self._keys}
@@ -62,17 +78,21 @@ class ReferenceModel:
             x = x + self._attention(w, _rms(x, w["attn_norm"], self._eps), at.astype(np.int32))
             x = x + self._feed_forward(w, layer, _rms(x, w["ffn_norm"], self._eps))
         x = _rms(x, self._weights["output_norm.weight"], self._eps)
-        output = self._weights.get("output.weight", self._weights["token_embd.weight"])
-        return x @ output.T
+        name = "output.weight" if "output.weight" in self._weights else "token_embd.weight"
+        self._meet(x, name)
+        return x @ self._weights[name].T
 
     # ---- attention ------------------------------------------------------------------------------
 
     def _attention(self, w: _Layer, x: F64, positions: npt.NDArray[np.int32]) -> F64:
         n, n_head, n_tokens = self._nope, self._n_head, len(x)
+        self._meet(x, w.full("attn_q" if "attn_q" in w else "attn_q_a"), w.full("attn_kv_a_mqa"))
         if "attn_q" in w:
             q = x @ w["attn_q"].T
         else:
-            q = _rms(x @ w["attn_q_a"].T, w["attn_q_a_norm"], _LATENT_EPS) @ w["attn_q_b"].T
+            q_a = _rms(x @ w["attn_q_a"].T, w["attn_q_a_norm"], _LATENT_EPS)
+            self._meet(q_a, w.full("attn_q_b"))
+            q = q_a @ w["attn_q_b"].T
         q = q.reshape(n_tokens, n_head, n + self._rope_dims)
         kv = x @ w["attn_kv_a_mqa"].T
         c = _rms(kv[:, : self._latent], w["attn_kv_a_norm"], _LATENT_EPS)
@@ -84,9 +104,13 @@ class ReferenceModel:
         for head in range(n_head):
             key = np.concatenate([c @ k_b[head].T, turned_k], axis=1)
             query = np.concatenate([q[:, head, :n], turned_q[:, head]], axis=1)
-            scores = query @ key.T * self._scale() + mask
-            out[:, head] = softmax(scores, None, 1.0) @ (c @ v_b[head].T)
-        return out.reshape(n_tokens, -1) @ w["attn_output"].T
+            shares = softmax(query @ key.T * self._scale() + mask, None, 1.0)
+            out[:, head] = shares @ (c @ v_b[head].T)
+            self._meet(q[:, head, :n], w.full("attn_k_b"), matrix=head)
+            self._meet(shares @ c, w.full("attn_v_b"), matrix=head)
+        joined = out.reshape(n_tokens, -1)
+        self._meet(joined, w.full("attn_output"))
+        return joined @ w["attn_output"].T
 
     def _expansions(self, w: _Layer) -> tuple[F64, F64]:
         """k_b [H, N, C] and v_b [H, V, C]."""
@@ -128,7 +152,8 @@ class ReferenceModel:
 
     def _feed_forward(self, w: _Layer, layer: int, x: F64) -> F64:
         if "ffn_gate_inp" not in w:
-            return _gated(x, w["ffn_gate"], w["ffn_up"], w["ffn_down"])
+            return self._gated(w, x, "")
+        self._meet(x, w.full("ffn_gate_inp"))
         sigmoid = int(self._key("expert_gating_func", 1)) == 2
         bias = w.bias("exp_probs_b")
         ids, weights = route(
@@ -142,14 +167,21 @@ class ReferenceModel:
             normalize=bool(self._key("expert_weights_norm", False)),
             scale=float(self._key("expert_weights_scale", 1.0)),
         )
-        gate, up, down = w["ffn_gate_exps"], w["ffn_up_exps"], w["ffn_down_exps"]
         out = np.zeros_like(x)
         for t, (experts, shares) in enumerate(zip(ids, weights, strict=True)):
             for e, share in zip(experts, shares, strict=True):
-                out[t] += share * _gated(x[t], gate[e], up[e], down[e])
+                out[t] += share * self._gated(w, x[t : t + 1], "_exps", int(e))[0]
         if "ffn_gate_shexp" in w:
-            out += _gated(x, w["ffn_gate_shexp"], w["ffn_up_shexp"], w["ffn_down_shexp"])
+            out += self._gated(w, x, "_shexp")
         return out
+
+    def _gated(self, w: _Layer, x: F64, suffix: str, expert: int | None = None) -> F64:
+        names = [f"ffn_{part}{suffix}" for part in ("gate", "up", "down")]
+        gate, up, down = (w[name] if expert is None else w[name][expert] for name in names)
+        hidden = swiglu(x @ gate.T, x @ up.T)
+        self._meet(x, w.full(names[0]), w.full(names[1]), matrix=expert or 0)
+        self._meet(hidden, w.full(names[2]), matrix=expert or 0)
+        return hidden @ down.T
 
 
 class _Layer:
@@ -158,22 +190,19 @@ class _Layer:
     def __init__(self, weights: dict[str, F64], layer: int) -> None:
         self._weights, self._layer = weights, layer
 
-    def _full(self, name: str, kind: str = "weight") -> str:
+    def full(self, name: str, kind: str = "weight") -> str:
+        """The name in the file."""
         return f"blk.{self._layer}.{name}.{kind}"
 
     def __getitem__(self, name: str) -> F64:
-        return self._weights[self._full(name)]
+        return self._weights[self.full(name)]
 
     def __contains__(self, name: str) -> bool:
-        return self._full(name) in self._weights
+        return self.full(name) in self._weights
 
     def bias(self, name: str) -> F64 | None:
-        return self._weights.get(self._full(name, "bias"))
+        return self._weights.get(self.full(name, "bias"))
 
 
 def _rms(x: F64, weight: F64, eps: float) -> F64:
     return x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + eps) * weight
-
-
-def _gated(x: F64, gate: F64, up: F64, down: F64) -> F64:
-    return swiglu(x @ gate.T, x @ up.T) @ down.T

@@ -112,6 +112,26 @@ void check_copy(const Machine& machine, Format format, Report& report) {
                nmse(c.run(machine, y), Doubles(turned.begin(), turned.end())), 0);
 }
 
+void check_square_sums(const Machine& machine, int64_t n, Report& report) {
+  Case c(16);
+  constexpr int64_t n_experts = 3;
+  const Floats x = c.normal(kRows * n);
+  const std::vector<int32_t> ids = {2, 0, 2, 2, 0};
+  Doubles expected(static_cast<size_t>(n_experts * n));
+  for (size_t row = 0; row < ids.size(); ++row) {
+    for (size_t i = 0; i < static_cast<size_t>(n); ++i) {
+      const double value = x[row * static_cast<size_t>(n) + i];
+      expected[static_cast<size_t>(ids[row]) * static_cast<size_t>(n) + i] += value * value;
+    }
+  }
+  const mla::SquareSums state = {c.state(Format::F32, {n_experts, n}),
+                                 c.state(Format::I32, {n_experts})};
+  mla::Node* sums =
+      square_sums(c.graph(), state, c.input(x, {kRows, 1, n}), c.input(ids, {kRows, 1})).sums;
+  report.error(machine, "square_sums, width " + std::to_string(n),
+               nmse(c.run(machine, sums), expected), kExactBound);
+}
+
 // Greedy choice among all, softmax scores, normalized.
 void check_route(const Machine& machine, Report& report) {
   Case c(15);
@@ -142,6 +162,7 @@ void check_rows(const Machine& machine, Report& report) {
     check_rope(machine, n, report);
     check_softmax(machine, n, report);
     check_swiglu_and_add(machine, n, report);
+    check_square_sums(machine, n, report);
   }
   for (Format format : {Format::F32, Format::F16, Format::BF16}) {
     check_copy(machine, format, report);

@@ -13,8 +13,13 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 #: Unit of each phase's amounts.
-_UNITS = {"load": "bytes", "write": "bytes", "prefill": "tokens"}
-_TITLES = {"load": "loading", "write": "writing", "prefill": "reading the prompt"}
+_UNITS = {"load": "bytes", "write": "bytes", "prefill": "tokens", "text": "tokens"}
+_TITLES = {
+    "load": "loading",
+    "write": "writing",
+    "prefill": "reading the prompt",
+    "text": "reading the text",
+}
 # Phases shorter than this show nothing.
 _BAR_DELAY_S = 0.3
 _LINE_DELAY_S = 2.0

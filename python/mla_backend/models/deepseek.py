@@ -7,7 +7,7 @@ import numpy as np
 from mla_backend import _core
 from mla_backend.config import ModelConfig
 
-from .inputs import BatchShape, CacheLayout, LayerContext, Leaves, WeightSource
+from .inputs import BatchShape, CacheLayout, LayerContext, Leaves, Observer, WeightSource
 from .mla import attention
 from .moe import feed_forward
 from .rope import rope_frequencies
@@ -21,19 +21,21 @@ def build_graph(
     cache: CacheLayout,
     shape: BatchShape,
     precision: str,
+    observer: Observer | None = None,
 ) -> _core.Graph:
     """One pass of ``shape.n_tokens`` tokens through the model.
 
     Inputs by name: ids, positions, cells I32 [T]; spans I32 [S, 6]; block_table I32 [sequences,
     blocks]; rows I32 [n_outputs] if there are any. Output 0: logits F32 [n_outputs, vocab], or,
-    without outputs, the hidden states F32 [T, D].
+    without outputs, the hidden states F32 [T, D]. An observer is told of every product with
+    weights.
     """
     g = _core.Graph()
     leaves = _leaves(g, config, cache, shape)
     embedding = g.weight("token_embd.weight", weights["token_embd.weight"])
     x = g.get_rows(embedding, leaves.ids)  # [T, D]
     for layer in range(config.n_layer):
-        ctx = LayerContext(g, config, weights, leaves, cache, precision, layer)
+        ctx = LayerContext(g, config, weights, leaves, cache, precision, layer, observer)
         x = attention(ctx, ctx.norm(x, "attn_norm.weight", config.rms_eps), x)
         x = feed_forward(ctx, ctx.norm(x, "ffn_norm.weight", config.rms_eps), x)
     if leaves.rows is not None:
@@ -41,7 +43,10 @@ def build_graph(
         norm = g.weight("output_norm.weight", weights["output_norm.weight"])
         name = "token_embd.weight" if config.tied_embeddings else "output.weight"
         output = embedding if config.tied_embeddings else g.weight(name, weights[name])
-        x = g.matmul(g.rms_norm(x, norm, config.rms_eps), output, precision=precision)
+        x = g.rms_norm(x, norm, config.rms_eps)
+        if observer is not None:
+            observer(g, [name], x, None)
+        x = g.matmul(x, output, precision=precision)
     g.output(x)
     return g
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,6 +64,19 @@ class Leaves:
     frequencies: _core.Node  # F32 [R / 2]
 
 
+class Observer(Protocol):
+    """Told what each product with weights is made of, while a graph is built."""
+
+    def __call__(
+        self, graph: _core.Graph, names: Sequence[str], x: _core.Node, ids: _core.Node | None
+    ) -> None:
+        """Rows x [.., M, K] meet the weights ``names``, as in ``Graph.square_sums``.
+
+        With ids [T, A] these are experts, and x [T, K] or [T, A, K] has a row for each token, or
+        for each of its experts.
+        """
+
+
 @dataclass(frozen=True)
 class LayerContext:
     """What a layer needs to add itself to a graph."""
@@ -74,6 +88,7 @@ class LayerContext:
     cache: CacheLayout
     precision: str
     layer: int
+    observer: Observer | None = None
 
     def has(self, name: str) -> bool:
         """Whether the layer has a weight of this name."""
@@ -86,7 +101,14 @@ class LayerContext:
 
     def linear(self, x: _core.Node, name: str, residual: _core.Node | None = None) -> _core.Node:
         """x [.., K] times the weight ``name`` [N, K] -> [.., N], plus ``residual``."""
+        self.observe(x, name)
         return self.graph.matmul(x, self.weight(name), residual, self.precision)
+
+    def observe(self, x: _core.Node, *names: str, ids: _core.Node | None = None) -> None:
+        """Tell the observer, if there is one, that x meets the layer's weights ``names``."""
+        if self.observer is not None:
+            full = [f"blk.{self.layer}.{name}" for name in names]
+            self.observer(self.graph, full, x, ids)
 
     def norm(self, x: _core.Node, name: str, eps: float) -> _core.Node:
         """x [.., D] normed and scaled by the weight ``name`` [D]."""

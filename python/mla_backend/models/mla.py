@@ -7,6 +7,11 @@ run, so one graph serves both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
 from mla_backend import _core
 
 from .inputs import LayerContext
@@ -38,19 +43,21 @@ def attention(ctx: LayerContext, x: _core.Node, residual: _core.Node) -> _core.N
         ctx.leaves.cells,
     )
     k_b, v_b = _key_value_up(ctx)
-    out = g.mla_attention(
+    attend = partial(
+        g.mla_attention,
         q_nope,
         q_rope,
         *cached,
         k_b,
-        v_b,
-        ctx.leaves.spans,
-        ctx.leaves.block_table,
+        spans=ctx.leaves.spans,
+        block_table=ctx.leaves.block_table,
         scale=config.softmax_scale,
         k_b_transposed=config.layout == "legacy",
         block_cells=ctx.cache.block_cells,
         precision=ctx.precision,
-    )  # [T, H, V]
+    )
+    observed = ctx.observer is not None
+    out = _observed(ctx, attend, q_nope, c, v_b) if observed else attend(v_b=v_b)  # [T, H, V]
     flat = g.reshape(out, [out.shape[0], heads * config.d_value])
     return ctx.linear(flat, "attn_output.weight", residual)
 
@@ -64,6 +71,30 @@ def _queries(ctx: LayerContext, x: _core.Node) -> _core.Node:
         q_a = ctx.norm(q_a, "attn_q_a_norm.weight", config.latent_rms_eps)
         q = ctx.linear(q_a, "attn_q_b.weight")
     return ctx.graph.reshape(q, [q.shape[0], config.n_head, config.d_key])
+
+
+def _observed(
+    ctx: LayerContext,
+    attend: Callable[..., _core.Node],
+    q_nope: _core.Node,
+    c: _core.Node,
+    v_b: _core.Node,
+) -> _core.Node:
+    """What attend(v_b) gives, [T, H, V], with the inputs of k_b and v_b shown to the observer.
+
+    Those of v_b are latents mixed by attention, [H, T, C]: what it gives with a unit matrix for
+    v_b. A legacy file's kv_b meets the latents themselves.
+    """
+    if ctx.config.layout == "legacy":
+        ctx.observe(c, "attn_kv_b.weight")
+        return attend(v_b=v_b)
+    g, (heads, _, latent) = ctx.graph, v_b.shape
+    ctx.observe(g.permute(q_nope, [1, 0, 2]), "attn_k_b.weight")
+    unit = _core.Tensor(np.eye(latent, dtype=np.float32), "F32", [latent, latent])
+    mixed = attend(v_b=g.broadcast(g.weight("unit", unit), [heads, latent, latent]))
+    mixed = g.permute(mixed, [1, 0, 2])
+    ctx.observe(mixed, "attn_v_b.weight")
+    return g.copy(g.permute(g.matmul(mixed, v_b, precision=ctx.precision), [1, 0, 2]), "F32")
 
 
 def _key_value_up(ctx: LayerContext) -> tuple[_core.Node, _core.Node]:

@@ -22,6 +22,7 @@ def feed_forward(ctx: LayerContext, x: _core.Node, residual: _core.Node) -> _cor
 
 
 def _dense(ctx: LayerContext, suffix: str, x: _core.Node, residual: _core.Node) -> _core.Node:
+    ctx.observe(x, f"ffn_gate{suffix}.weight", f"ffn_up{suffix}.weight")
     hidden = ctx.graph.swiglu_matmul(
         x,
         ctx.weight(f"ffn_gate{suffix}.weight"),
@@ -33,6 +34,7 @@ def _dense(ctx: LayerContext, suffix: str, x: _core.Node, residual: _core.Node) 
 
 def _routed(ctx: LayerContext, moe: MoeConfig, x: _core.Node, residual: _core.Node) -> _core.Node:
     g = ctx.graph
+    ctx.observe(x, "ffn_gate_inp.weight")
     # The choice of experts is a cliff: its products are never rounded, whatever the precision.
     logits = g.matmul(x, ctx.weight("ffn_gate_inp.weight"), precision="exact")
     ids, weights = g.route(
@@ -46,6 +48,7 @@ def _routed(ctx: LayerContext, moe: MoeConfig, x: _core.Node, residual: _core.No
         normalize=moe.weights_norm,
         scale=moe.weights_scale,
     )
+    ctx.observe(x, "ffn_gate_exps.weight", "ffn_up_exps.weight", ids=ids)
     hidden = g.swiglu_matmul(
         x,
         ctx.weight("ffn_gate_exps.weight"),
@@ -53,6 +56,7 @@ def _routed(ctx: LayerContext, moe: MoeConfig, x: _core.Node, residual: _core.No
         ids,
         ctx.precision,
     )  # [T, A, F]
+    ctx.observe(hidden, "ffn_down_exps.weight", ids=ids)
     return g.matmul_indexed(
         hidden, ctx.weight("ffn_down_exps.weight"), ids, weights, residual, ctx.precision
     )
