@@ -47,12 +47,9 @@ test: build
 	MLA_BUILD_DIR="$$(ls -d build/wheel-$$($(BIN)/python -c \
 	'import sys; print("cp%d%d" % sys.version_info[:2])')-*)" $(BIN)/python -m pytest $(ARGS)
 
-# A small model with random weights: its text means nothing, everything else is real.
-DEMO := build/demo/tiny-v3.gguf
+# The bundled model continues Python source.
 demo: build
-	mkdir -p $(dir $(DEMO))
-	test -f $(DEMO) || $(BIN)/mla-backend synth tiny-v3 $(DEMO) --type q4_k_m
-	$(BIN)/mla-backend run $(DEMO) -p "Once upon a time" -n 48
+	$(BIN)/mla-backend demo
 
 bench: build
 	$(BIN)/python -m bench $(ARGS)

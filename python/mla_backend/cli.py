@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from .commands.chat import chat
 from .commands.convert import convert
+from .commands.demo import demo
 from .commands.grouping import grouped
 from .commands.imatrix import imatrix
 from .commands.inspect import inspect
@@ -27,7 +28,19 @@ from .commands.version import version
 from .errors import MlaError, UsageError
 
 PROGRAM = "mla-backend"
-COMMANDS = (run, chat, inspect, convert, upgrade, quantize, imatrix, perplexity, synth, version)
+COMMANDS = (
+    run,
+    chat,
+    demo,
+    inspect,
+    convert,
+    upgrade,
+    quantize,
+    imatrix,
+    perplexity,
+    synth,
+    version,
+)
 
 # typer brings its own click or uses the installed one: either way, this is its base of everything
 # that is wrong with a command line.

@@ -71,10 +71,12 @@ def test_backends_do_not_know_each_other() -> None:
 # Files that share a layer's name share its arrows: the layer is split for size, not for meaning.
 LAYER = {
     "__main__": "cli",
+    "bundled": "model",
     "cache": "session",
     "chat": "tokenizer",
     "chunks": "model",
     "config_keys": "config",
+    "eager": "ops",
     "imatrix": "model",
     "imatrix_file": "gguf",
     "inspection": "model",

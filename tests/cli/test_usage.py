@@ -16,7 +16,7 @@ from mla_backend.sampling import SamplingParams
 USAGE_ERRORS = [
     ([], "Missing command"),
     (["frob"], "frob"),
-    (["run"], "no model is named"),
+    (["run"], "no prompt"),
     (["run", "a.gguf", "-m", "b.gguf", "-p", "x"], "named twice, 'a.gguf' and -m 'b.gguf'"),
     (["chat"], "no model is named"),
     (["inspect"], "no model is named"),

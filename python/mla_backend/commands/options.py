@@ -77,6 +77,11 @@ class ModelPath:
             raise UsageError("no model is named; expected MODEL or -m MODEL")
         return path
 
+    @property
+    def is_named(self) -> bool:
+        """Whether there is a model on the command line."""
+        return self.model is not None or self.model_option is not None
+
 
 @dataclass(frozen=True)
 class ContextOptions:

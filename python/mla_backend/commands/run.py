@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..bundled import bundled_model
 from .console import Console, stats_text, write_json
+from .demo import ABOUT
 from .loading import check_place, load_model, model_facts
 from .options import (
     ConsoleOptions,
@@ -74,11 +76,14 @@ def run(
     output: JsonOptions,
     console_options: ConsoleOptions,
 ) -> None:
-    """Continue a prompt. Only the continuation goes to stdout."""
-    file, prompt = path.path, read_prompt(options.prompt, options.file)
+    """Continue a prompt (the bundled model if none is named). Only the answer goes to stdout."""
+    file = path.path if path.is_named else bundled_model()
+    prompt = read_prompt(options.prompt, options.file)
     arguments = sampling.arguments()
     check_place(options.session)
     console = Console(console_options, as_json=output.as_json)
+    if not path.is_named:
+        console.note(f"no model is named: this is {ABOUT}")
     with load_model(file, context, model_options, console) as model:
         _load_session(model, options.session, console)
         ids = model.tokenizer.encode(prompt, add_bos=False if options.no_bos else None)
