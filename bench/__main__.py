@@ -8,13 +8,19 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 _PROGRAMS = {
+    "convert": "a checkpoint to a file",
     "machine": "the machine's limits",
     "make": "write a random model",
     "model": "prefill and decode of a model",
     "ops": "single operations",
     "startup": "time to readiness",
 }
-_FILES = {"make": "make_model", "model": "bench_model", "ops": "bench_ops"}
+_FILES = {
+    "convert": "bench_convert",
+    "make": "make_model",
+    "model": "bench_model",
+    "ops": "bench_ops",
+}
 
 
 def main() -> None:

@@ -33,6 +33,15 @@ def test_convert(tmp_path: Path, hf: Path, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err == ""
 
 
+def test_out_must_be_a_new_file_in_a_directory(
+    tmp_path: Path, hf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(hf), str(tmp_path / "none" / "o.gguf")]) == 2
+    assert "none is no directory" in capsys.readouterr().err
+    assert main(["convert", str(hf), str(hf)]) == 2
+    assert "hf is a directory" in capsys.readouterr().err
+
+
 def test_json_and_shards(tmp_path: Path, hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "o.gguf"
     assert main(["convert", str(hf), str(out), "--split-max-size", "1M", "--json"]) == 0

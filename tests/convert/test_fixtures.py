@@ -88,6 +88,19 @@ def check_logits(path: Path, values: Path) -> None:
             assert np.abs(logits - expected[f"{prompt}_last_logits"]).max() < 1e-3
 
 
+@pytest.mark.parametrize("layout", ["split", "legacy"])
+def test_the_other_program_reads_it(fixtures_dir: Path, directory: Path, layout: str) -> None:
+    other = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    path = directory / f"other-{layout}.gguf"
+    options = ConvertOptions(outtype="f32", layout=layout)  # type: ignore[arg-type]
+    convert(fixtures_dir / "tiny-v3" / "hf-fp8", path, options)
+    expected = np.load(fixtures_dir / "tiny-v3" / "expected" / "hf-fp8.npz")
+    ids = expected["short_ids"].tolist()
+    model = other.Llama(str(path), n_ctx=64, logits_all=True, type_k=0, type_v=0, verbose=False)
+    model.eval(ids)
+    assert np.abs(model.scores[len(ids) - 1] - expected["short_last_logits"]).max() < 1e-3
+
+
 def test_upgraded_legacy_file(fixtures_dir: Path, directory: Path) -> None:
     old = fixtures_dir / "tiny-v2" / "gguf" / "tiny-v2-legacy-Q4_K_M.gguf"
     new = directory / "upgraded.gguf"

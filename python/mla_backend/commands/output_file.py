@@ -40,6 +40,8 @@ class OutputOptions:
 def check_new(paths: Sequence[Path], *, force: bool) -> None:
     """Raise UsageError where a path cannot be written, or exists and ``force`` is not given."""
     for path in paths:
+        if not path.parent.is_dir():
+            raise UsageError(f"{path.parent} is no directory; accepted: one that exists")
         if path.is_dir():
             raise UsageError(f"{path} is a directory; accepted: the name of a file")
         if path.exists() and not force:

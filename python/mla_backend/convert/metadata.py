@@ -1,8 +1,10 @@
 """The metadata keys of a converted checkpoint, tokenizer apart, as the usual converter writes them.
 
-Deliberate differences, all additions:
+Deliberate differences:
 - ``expert_gating_func``, ``expert_weights_scale`` and ``expert_weights_norm`` are written with the
   architecture's defaults where config.json leaves them out: readers guess differently.
+- ``expert_group_count`` is 1 where the selection method ignores groups, and written at all.
+- dense models have the two keys of experts that readers demand, and none of the others.
 - the name of a checkpoint in a hub's cache is the model's, not the commit's.
 - ``block_count`` includes the prediction layers that the file holds, with ``nextn_predict_layers``.
 """
