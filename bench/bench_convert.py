@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 _D, _FF, _HEADS, _LATENT, _RANK, _VOCAB = 4096, 1536, 32, 512, 1536, 1024
 _DTYPES = {"fp8": ("F8_E4M3", 1), "bf16": ("BF16", 2)}
@@ -208,13 +209,14 @@ def _pieces(shape: list[int]) -> Iterator[int]:
 
 def _numbers(random: np.random.Generator, dtype: str, count: int) -> bytes:
     """Numbers of ordinary size; a code of fp8 stands for one, and all but two codes do."""
+    values: npt.NDArray[Any]
     if dtype == "F8_E4M3":
-        codes = random.integers(0, 0x70, count, np.uint8)
-        return (codes | (random.integers(0, 2, count, np.uint8) << 7)).tobytes()
-    values = random.standard_normal(count, np.float32) * np.float32(0.02)
-    if dtype == "F32":
-        return np.abs(values).tobytes()
-    return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+        values = random.integers(0, 0x70, count, np.uint8)
+        values |= random.integers(0, 2, count, np.uint8) << 7
+    else:
+        values = random.standard_normal(count, np.float32) * np.float32(0.02)
+        values = np.abs(values) if dtype == "F32" else values.view(np.uint16)[1::2]
+    return bytes(values.tobytes())
 
 
 if __name__ == "__main__":
