@@ -3,8 +3,8 @@
     "_logits_", n_ctx, n_vocab, n_chunks: int32       tokens: int32 [n_chunks, n_ctx]
     per scored token: scale, lowest: float32          codes: uint16 [n_vocab, made even]
 
-log p = lowest + scale * code. llama.cpp cuts the range at 16 nats below the likeliest token; here it
-is as wide as the row needs, up to 100, so that no probability of note is raised.
+log p = lowest + scale * code. llama.cpp cuts the range at 16 nats below the likeliest token; here
+it is as wide as the row needs, up to 100, so that no probability of note is raised.
 """
 
 from __future__ import annotations
