@@ -117,9 +117,9 @@ inline void decode(Format format, const std::byte* row, int64_t n_elems, float* 
 }
 
 // ---- activations --------------------------------------------------------------------------------
-// Packing::q8: 256 activations as bytes, with a scale for each group of 16 (weights have at most that
-// many scales) and the scaled sums of the groups, which meet the weights' mins. The last is padded
-// with zeros.
+// Packing::q8: 256 activations as bytes, with a scale for each group of 16 (weights have at most
+// that many scales) and the scaled sums of the groups, which meet the weights' mins. The last is
+// padded with zeros.
 struct PackedSuper {
   int8_t q[block::kSuper];
   float scale[kGroup];
@@ -189,8 +189,8 @@ inline void pack_bf16(const std::byte* x, Format format, int64_t stride_bytes, i
   }
 }
 
-// A group of floats -> bytes; returns the scale. Infinities and NaNs make the scale NaN, so that they
-// reach the result.
+// A group of floats -> bytes; returns the scale. Infinities and NaNs make the scale NaN, so that
+// they reach the result.
 inline float quantize_group(const float* x, int8_t* q) {
   typedef int8_t Narrow __attribute__((vector_size(kLanes)));
   F32 most = zero(), poison = zero();

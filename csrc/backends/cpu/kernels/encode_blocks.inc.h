@@ -272,7 +272,7 @@ struct SmallAffine {
 };
 
 // x ~ d * s * q - dmin * m, s and m in [0, kMost] per run.
-template <int kGroups_, int kHighest, int kMost, Grid kGrid>
+template <int kGroups_, int kHighest, int kMost, Grid kPlain, Grid kImportant>
 struct SuperAffine {
   static constexpr int kGroups = kGroups_;
   static constexpr int kElems = block::kSuper / kGroups;
@@ -361,6 +361,7 @@ struct SuperAffine {
 
   template <class R>
   static bool encode(const R& runs, Coded<kElems>& out) {
+    constexpr Grid kGrid = R::kHasImportance ? kImportant : kPlain;
     const Affine found = fit_affine<kHighest, true, kGrid>(runs, 1);
     const Lanes widest = block_max<kGroups>(found.scale);
     const Lanes deepest = block_max<kGroups>(every(0.0f) - found.min);
