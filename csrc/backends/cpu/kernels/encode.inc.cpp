@@ -22,29 +22,29 @@ namespace {
 template <class Block>
 struct Encoder;
 template <>
-struct Encoder<block::Q4_0> : SmallSymmetric<Integers<-8, Grid{3, 4}, Grid{19, 1}>> {};
+struct Encoder<block::Q4_0> : SmallSymmetric<Integers<-8, Grid{3, 4}, Grid{21, 2}>> {};
 template <>
-struct Encoder<block::Q5_0> : SmallSymmetric<Integers<-16, Grid{5, 4}, Grid{25, 1}>> {};
+struct Encoder<block::Q5_0> : SmallSymmetric<Integers<-16, Grid{5, 4}, Grid{25, 3}>> {};
 template <>
 struct Encoder<block::Q8_0> : SmallSymmetric<SignedBytes> {};
 template <>
 struct Encoder<block::IQ4_NL> : SmallSymmetric<Iq4Levels> {};
 template <>
-struct Encoder<block::Q4_1> : SmallAffine<15, Grid{3, 5}, Grid{25, 1}> {};
+struct Encoder<block::Q4_1> : SmallAffine<15, Grid{3, 5}, Grid{25, 3}> {};
 template <>
 struct Encoder<block::Q5_1> : SmallAffine<31, Grid{3, 8}, Grid{25, 4}> {};
 template <>
-struct Encoder<block::Q3_K> : SuperSymmetric<Integers<-4, Grid{9, 3}, Grid{25, 1}>, 16, -32> {};
+struct Encoder<block::Q3_K> : SuperSymmetric<Integers<-4, Grid{9, 3}, Grid{15, 2}>, 16, -32> {};
 template <>
-struct Encoder<block::Q6_K> : SuperSymmetric<Integers<-32, Grid{9, 7}, Grid{9, 7}>, 16, -128> {};
+struct Encoder<block::Q6_K> : SuperSymmetric<Integers<-32, Grid{9, 7}, Grid{17, 7}>, 16, -128> {};
 template <>
 struct Encoder<block::IQ4_XS> : SuperSymmetric<Iq4Levels, 8, -32> {};
 template <>
-struct Encoder<block::Q2_K> : SuperAffine<16, 3, 15, Grid{9, 2}, Grid{9, 2}> {};
+struct Encoder<block::Q2_K> : SuperAffine<16, 3, 15, Grid{9, 2}, Grid{15, 2}> {};
 template <>
-struct Encoder<block::Q4_K> : SuperAffine<8, 15, 63, Grid{9, 3}, Grid{9, 3}> {};
+struct Encoder<block::Q4_K> : SuperAffine<8, 15, 63, Grid{9, 3}, Grid{15, 3}> {};
 template <>
-struct Encoder<block::Q5_K> : SuperAffine<8, 31, 63, Grid{9, 4}, Grid{9, 4}> {};
+struct Encoder<block::Q5_K> : SuperAffine<8, 31, 63, Grid{9, 4}, Grid{15, 5}> {};
 
 template <class Block, bool kWeighted>
 bool encode_rows(const EncodeRun& run) noexcept {
