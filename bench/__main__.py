@@ -13,6 +13,8 @@ _PROGRAMS = {
     "make": "write a random model",
     "model": "prefill and decode of a model",
     "ops": "single operations",
+    "quantize": "encoders, beside ggml's",
+    "quantize-file": "a file to a smaller one",
     "startup": "time to readiness",
 }
 _FILES = {
@@ -20,6 +22,8 @@ _FILES = {
     "make": "make_model",
     "model": "bench_model",
     "ops": "bench_ops",
+    "quantize": "bench_quantize",
+    "quantize-file": "bench_quantize_file",
 }
 
 
@@ -27,7 +31,7 @@ def main() -> None:
     """Run the program that the first argument names; without one, the single operations."""
     name = sys.argv[1] if len(sys.argv) > 1 else "ops"
     if name not in _PROGRAMS:
-        known = "\n".join(f"  {key:8} {value}" for key, value in _PROGRAMS.items())
+        known = "\n".join(f"  {key:13} {value}" for key, value in _PROGRAMS.items())
         sys.exit(f"usage: python -m bench NAME [options]\n{known}")
     sys.path.insert(0, str(_HERE))
     sys.argv = [f"bench {name}", *sys.argv[2:]]
