@@ -25,7 +25,7 @@ from mla_backend.cache import (
     row_bytes,
 )
 from mla_backend.config import ModelConfig, config_from_gguf
-from mla_backend.errors import ContextError, MemoryLimitError, ShapeError, UsageError
+from mla_backend.errors import ContextError, DeviceError, MemoryLimitError, ShapeError, UsageError
 from mla_backend.gguf import read_gguf
 from mla_backend.models.rope import rope_frequencies
 from small_models import small_model
@@ -93,7 +93,7 @@ def test_file_has_its_space_and_no_name(tmp_path: Path) -> None:
     made = cache(100, kv_file=path)
     assert not path.exists()
     made.write(made.add(), np.ones((2, 3, made._cell_bytes), np.uint8))
-    with pytest.raises(UsageError, match="cannot be created: No such file"):
+    with pytest.raises(DeviceError, match="cannot be created: No such file"):
         cache(100, kv_file=tmp_path / "missing" / "cache")
     path.touch()
     with pytest.raises(UsageError, match="exists already"):
