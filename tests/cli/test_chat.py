@@ -198,11 +198,20 @@ class Terminal:
             os.kill(self.pid, signal.SIGKILL)
             self.status()
 
-    def expect(self, pattern: str, timeout_s: float = 60.0) -> None:
-        """Read until ``pattern`` comes; what is before it is passed over."""
+    def expect(self, pattern: str, timeout_s: float = 60.0, press: str = "") -> None:
+        """Read until ``pattern`` comes; what is before it is passed over.
+
+        ``press`` is sent every second meanwhile. A prompt shows a moment before the keyboard is
+        read, and keys that mean a signal or an end are lost if they come within it.
+        """
         deadline = time.monotonic() + timeout_s
+        self.send(press)
         while (found := re.search(pattern, self._seen)) is None:
-            ready, _, _ = select.select([self._file], [], [], max(deadline - time.monotonic(), 0))
+            left = max(deadline - time.monotonic(), 0)
+            ready, _, _ = select.select([self._file], [], [], min(left, 1) if press else left)
+            if press and not ready and left:
+                self.send(press)
+                continue
             assert ready, f"{pattern!r} did not come, but {self._seen[-500:]!r}"
             with contextlib.suppress(OSError):  # the process ended
                 self._seen += os.read(self._file, 65536).decode("utf-8", "replace")
@@ -213,8 +222,18 @@ class Terminal:
     def send(self, text: str) -> None:
         os.write(self._file, text.encode())
 
+    def leave(self, timeout_s: float = 60.0) -> int:
+        """Press Ctrl-D until the process has ended: its exit status."""
+        deadline = time.monotonic() + timeout_s
+        while os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            assert time.monotonic() < deadline, "Ctrl-D did not end the process"
+            with contextlib.suppress(OSError):  # it ended just now
+                self.send("\x04")
+            select.select([], [], [], 0.3)
+        return self.status()
+
     def status(self) -> int:
-        """Exit status of the process, which has to end now."""
+        """Exit status of the process, which has ended or ends now."""
         _, status = os.waitpid(self.pid, 0)
         os.close(self._file)
         self._ended = True
@@ -232,8 +251,8 @@ def test_terminal(tiny: Path, tmp_path: Path) -> None:
         terminal.expect(PROMPT)
         terminal.send("hello\r")
         terminal.expect(r"answer: .*" + PROMPT)
-        terminal.send("half a line\x03")
-        terminal.expect(PROMPT)
+        terminal.send("half a line")
+        terminal.expect(PROMPT, press="\x03")
         terminal.send("\x1b[A\r")  # the line before, from the history
         terminal.expect(r"reused.*" + PROMPT)
         terminal.send(f"/save {path}\r")
@@ -242,8 +261,7 @@ def test_terminal(tiny: Path, tmp_path: Path) -> None:
         terminal.expect(r"\(a new conversation\).*" + PROMPT)
         terminal.send(f"/load {path}\r")
         terminal.expect(r"\(loaded 4 messages.*" + PROMPT)
-        terminal.send("\x04")
-        assert terminal.status() == 0
+        assert terminal.leave() == 0
     messages = json.loads(path.read_text("utf-8"))["messages"]
     assert [message["content"] for message in messages[::2]] == ["hello", "hello"]
 
@@ -258,7 +276,8 @@ def test_terminal_interrupt(tiny: Path) -> None:
             terminal.expect("hello\r\n")
             time.sleep(0.2)
             os.kill(terminal.pid, signal.SIGINT)
-            # Rarely a random model ends its answer by itself before that.
+            # A random model may end its answer by itself before that; the interrupt is then still
+            # to come, and one more makes sure that it does not hit the next message.
             terminal.expect(r"(\(stopped\)|tokens/s\)).*" + PROMPT)
-        terminal.send("\x04")
-        assert terminal.status() == 0
+            terminal.expect(PROMPT, press="\x03")
+        assert terminal.leave() == 0

@@ -84,6 +84,23 @@ def test_rows_of_a_large_table(experts: tuple[QuantTensor, npt.NDArray[np.float3
     np.testing.assert_array_equal(got[4], 0.0)
 
 
+def causal_attention(
+    q: npt.NDArray[np.float32],
+    cells: npt.NDArray[np.float64],
+    k_b: npt.NDArray[np.float32],
+    v_b: npt.NDArray[np.float32],
+    scale: float,
+) -> npt.NDArray[np.float64]:
+    """One head in float64: q [T, N + R], cells [T, C + R], k_b [C, N], v_b [V, C] -> [T, V]."""
+    c = k_b.shape[0]
+    keys = np.concatenate([cells[:, :c] @ k_b, cells[:, c:]], axis=1)
+    scores = q.astype(np.float64) @ keys.T * scale
+    scores += np.triu(np.full(scores.shape, -np.inf), 1)
+    p = np.exp(scores - scores.max(axis=1, keepdims=True))
+    out: npt.NDArray[np.float64] = p / p.sum(axis=1, keepdims=True) @ (cells[:, :c] @ v_b.T)
+    return out
+
+
 @pytest.mark.parametrize("expanded", [0, 1])
 def test_attention_at_the_end_of_a_large_cache(tmp_path: Path, expanded: int) -> None:
     """F16 cells of 576 numbers, 2.4e9 in all; the sequence lies in the last two blocks."""
@@ -136,11 +153,7 @@ def test_attention_at_the_end_of_a_large_cache(tmp_path: Path, expanded: int) ->
     np.testing.assert_array_equal(
         memory[int(cells[-1]) * stride :][:stride].view(np.float16), latent[-1]
     )
-    mask = np.triu(np.full((t, t), -np.inf), 1)
     for head in range(n_heads):
-        keys = np.concatenate([wide[:, :c] @ k_b[head], wide[:, c:]], axis=1)
-        scores = q[:, head].astype(np.float64) @ keys.T * 0.1 + mask
-        p = np.exp(scores - scores.max(axis=1, keepdims=True))
-        want = p / p.sum(axis=1, keepdims=True) @ (wide[:, :c] @ v_b[head].T)
+        want = causal_attention(q[:, head], wide, k_b[head], v_b[head], scale=0.1)
         got = executor.output(0)[:, head]
         assert np.square(got - want).sum() <= 1e-10 * np.square(want).sum()
