@@ -27,7 +27,11 @@
 #include "base/half.h"
 
 // For what works on registers: a call would pass them through memory.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define MLA_INLINE inline  // instrumented code grows too large otherwise
+#else
 #define MLA_INLINE inline __attribute__((always_inline))
+#endif
 
 #if defined(MLA_ISA_AVX512BF16) || defined(MLA_ISA_AVX512VNNI)
 #include "backends/cpu/simd/avx512.h"
