@@ -86,7 +86,7 @@ PYTHON_HINTS = -DPython_EXECUTABLE=$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python
 sanitize: asan tsan
 
 # The interpreter is not instrumented, so the sanitizer is loaded before it; its own leaks at exit
-# are not ours.
+# are not ours. SIGBUS is our handler's business, and its shadow memory exceeds any limit set.
 asan: build
 	cmake --preset asan $(PYTHON_HINTS)
 	cmake --build build/asan
@@ -95,9 +95,10 @@ asan: build
 	mkdir -p build/asan/site
 	cp -r python/mla_backend build/asan/site/
 	cp build/asan/_core*.so build/asan/site/mla_backend/
-	PYTHONPATH=build/asan/site ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONPATH=build/asan/site ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	$(BIN)/python -m pytest -p no:cacheprovider $(wildcard $(ASAN_TESTS)) $(ARGS)
+	$(BIN)/python -m pytest -p no:cacheprovider $(wildcard $(ASAN_TESTS)) \
+	--deselect tests/test_memory.py::test_address_space_limit_counts $(ARGS)
 
 # Without randomized addresses: some kernels randomize more than the sanitizer can bear.
 tsan: $(VENV)/.tools
