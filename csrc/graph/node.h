@@ -49,8 +49,11 @@ struct RouteAttrs {
   bool normalize = false;  // weights of the chosen experts sum to 1 before scaling
   float scale = 1.0f;
 };
+// What the spans of a graph may ask for: a promise, which spares a device work it cannot foresee.
+enum class Contraction : uint8_t { any, absorbed, expanded };
 struct AttentionAttrs {
   Precision precision = Precision::fast;
+  Contraction contraction = Contraction::any;
   float scale = 1.0f;           // multiplies q.k before the softmax
   bool k_b_transposed = false;  // false: k_b [H, C, N] (split layout); true: [H, N, C] (legacy)
   int block_cells = 64;         // cells per entry of the block table
