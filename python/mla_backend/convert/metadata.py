@@ -19,6 +19,7 @@ import numpy as np
 
 from ..config_keys import ARCHITECTURE
 from ..gguf import Value
+from ..gguf.types import QUANTIZATION_VERSION
 from .checkpoint import read_json
 from .hf_config import HfConfig
 from .mixes import Mix
@@ -27,8 +28,6 @@ from .names import Layout, Target
 from .naming import ModelName, name_of_directory, parse_name, size_label
 
 _GATING: Final = {"softmax": 1, "sigmoid": 2}
-#: Layout of the quantized blocks; 2 since their scales are half floats.
-QUANTIZATION_VERSION: Final = 2
 #: Recommended sampling of generation_config.json -> key and type.
 _SAMPLING: Final[Mapping[str, tuple[str, type]]] = {
     "top_k": ("top_k", np.int32),

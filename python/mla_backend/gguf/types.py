@@ -19,6 +19,9 @@ Value = bool | int | float | str | tuple[str, ...] | npt.NDArray[Any]
 MAGIC = b"GGUF"
 #: Version 1 had 32-bit lengths and was replaced within days; 2 and 3 differ only in byte order.
 VERSIONS = (2, 3)
+#: Layout of the quantized blocks (``general.quantization_version``); 2 since their scales are
+#: half floats.
+QUANTIZATION_VERSION = 2
 DEFAULT_ALIGNMENT = 32
 
 TYPE_BOOL, TYPE_STRING, TYPE_ARRAY = 7, 8, 9

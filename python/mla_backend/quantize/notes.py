@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator, Sequence
+from typing import Final
 
+from ..convert.folding import folded
 from ..formats import by_name
 from .overrides import Override
-
-if TYPE_CHECKING:
-    from .plan import Step
+from .step import Step
 
 #: Below this many bits per weight, numbers are too coarse to treat all columns alike.
 _LOW_BITS: Final = 4.0
-_LAYER: Final = re.compile(r"blk\.(\d+)\.(.*)")
 
 
 def notes_on(
@@ -52,25 +47,3 @@ def _unseen(steps: Sequence[Step]) -> Iterator[str]:
 def _bits(format: str) -> float:
     row = by_name(format)
     return 8 * row.block_bytes / row.block_elems
-
-
-def folded(names: Iterable[str]) -> list[str]:
-    """Names that differ only in the layer as one: ``blk.{0-3,7}.ffn_up.weight``."""
-    layers: dict[str, list[int]] = defaultdict(list)
-    others: list[str] = []
-    for name in names:
-        match = _LAYER.fullmatch(name)
-        if match is None:
-            others.append(name)
-        else:
-            layers[match[2]].append(int(match[1]))
-    return others + [f"blk.{_ranges(sorted(found))}.{rest}" for rest, found in layers.items()]
-
-
-def _ranges(numbers: list[int]) -> str:
-    if len(numbers) == 1:
-        return str(numbers[0])
-    starts = [numbers[0], *(b for a, b in pairwise(numbers) if b != a + 1)]
-    ends = [*(a for a, b in pairwise(numbers) if b != a + 1), numbers[-1]]
-    parts = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
-    return "{" + ",".join(parts) + "}"

@@ -22,11 +22,12 @@ from ..errors import FormatError, ModelError, UsageError
 from ..formats import by_name
 from ..gguf import GGUFFile, TensorInfo, Value, read_gguf
 from ..gguf.data import copied_metadata, read_bytes
+from ..gguf.types import QUANTIZATION_VERSION
 from ..gguf.writer import NewTensor
-from ..imatrix_file import InputSums
 from .columns import Guide, columns, open_guide
 from .notes import notes_on
 from .overrides import Override, overriding
+from .step import Step
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -34,27 +35,6 @@ Bytes = npt.NDArray[np.uint8]
 _COPY_BYTES: Final = 16 << 20
 #: Numbers of a sample for the estimate: enough to outweigh the start.
 _SAMPLE_ELEMS: Final = 1 << 19
-#: Layout of the quantized blocks; 2 since their scales are half floats.
-_QUANTIZATION_VERSION: Final = 2
-
-
-@dataclass(frozen=True)
-class Step:
-    """How one tensor is made: what it becomes, of what, and how much its columns count."""
-
-    target: NewTensor
-    source: TensorInfo
-    inputs: InputSums | None = None
-
-    @property
-    def is_copy(self) -> bool:
-        """The numbers stay as they are."""
-        return self.source.format == self.target.format
-
-    @property
-    def rows(self) -> int:
-        """Rows of each matrix."""
-        return self.source.shape[-2] if len(self.source.shape) > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -277,7 +257,7 @@ def _check(
 def _metadata(file: GGUFFile, mix: Mix, guide: Guide | None) -> dict[str, Value | np.generic]:
     """The old keys in their order, then what tells of the quantization."""
     changes: dict[str, Value | np.generic] = {
-        "general.quantization_version": _QUANTIZATION_VERSION,
+        "general.quantization_version": QUANTIZATION_VERSION,
         "general.file_type": mix.file_type,
     }
     if guide is not None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from ..convert.mixes import Mix
-from ..gguf.types import Value
+from ..gguf.types import QUANTIZATION_VERSION, Value
 from .shapes import ModelShape
 from .tensors import Layout
 from .vocabulary import Vocabulary
 
 _GATING = {"softmax": 1, "sigmoid": 2}
-#: Layout of the quantized blocks; 2 since their scales are half floats.
-_QUANTIZATION_VERSION = 2
 
 
 def metadata(
@@ -30,7 +28,7 @@ def metadata(
     model.update(_rope(shape, layout))
     keys.update({f"deepseek2.{key}": value for key, value in model.items()})
     keys.update(_tokenizer(vocabulary))
-    keys["general.quantization_version"] = _QUANTIZATION_VERSION
+    keys["general.quantization_version"] = QUANTIZATION_VERSION
     keys["general.file_type"] = mix.file_type
     return keys
 
