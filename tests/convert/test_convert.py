@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from convert.checkpoints import (
+    DENSE,
     DENSE_CONFIG,
     EXPERTS,
     HEADS,
@@ -216,6 +217,29 @@ def test_dense_and_tied(tmp_path: Path) -> None:
     tensors = read_gguf(path).tensors
     assert "output.weight" not in tensors
     assert tensors["token_embd.weight"].format == "Q8_0"  # rows of 192, as an output projection
+
+
+def test_dense_layers_by_list(tmp_path: Path) -> None:
+    source = checkpoint()
+    source.config["mlp_layer_types"] = ["dense"] * DENSE + ["sparse"] * (LAYERS - DENSE)
+    del source.config["first_k_dense_replace"]
+    stated = keys(made(tmp_path, source))
+    assert stated["deepseek2.leading_dense_block_count"][1] == DENSE
+
+
+@pytest.mark.parametrize(
+    "architecture", ["KimiVLForConditionalGeneration", "KimiK25ForConditionalGeneration"]
+)
+def test_language_model_within_another(tmp_path: Path, architecture: str) -> None:
+    plain = floats(made(tmp_path / "plain", checkpoint()))
+    source = checkpoint()
+    source.config = {"architectures": [architecture], "text_config": source.config}
+    source.tensors = {f"language_model.{name}": v for name, v in source.tensors.items()}
+    source.tensors["vision_tower.patch_embed.proj.weight"] = np.zeros((2, 2), np.float32)
+    found = floats(made(tmp_path / "within", source))
+    assert found.keys() == plain.keys()
+    for name, values in plain.items():
+        np.testing.assert_array_equal(found[name], values)
 
 
 def test_prediction_layer(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from mla_backend.convert.decode import Source, read_bits, read_floats, scale_sha
 from mla_backend.convert.safetensors import read_header
 from mla_backend.errors import ModelError
 
-FP8 = ml_dtypes.float8_e4m3fn
+FP8, E8M0 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu
 
 
 def stored(path: Path, tensors: dict[str, Any], block: tuple[int, int] = (128, 128)) -> Source:
@@ -31,6 +31,18 @@ def test_every_code(tmp_path: Path) -> None:
     expected[:, :128] *= np.float32(0.25)
     expected[:, 128:] *= np.float32(3.0)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_scales_that_are_powers_of_two(tmp_path: Path) -> None:
+    values = np.linspace(-300, 300, 128, dtype=np.float32).astype(FP8)[None]
+    scales = np.array([[0.125, 2.0**-20]], np.float32)
+    source = stored(tmp_path, {"w": values, "s": scales.astype(E8M0)}, (1, 64))
+    expected = values.astype(np.float32) * scales.repeat(64, 1)
+    np.testing.assert_array_equal(read_floats(source, 0, 1), expected)
+    scales[0, 1] = np.nan
+    source = stored(tmp_path, {"w": values, "s": scales.astype(E8M0)}, (1, 64))
+    with pytest.raises(ModelError, match="not finite"):
+        read_floats(source, 0, 1)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (128, 128), (130, 300), (257, 127), (300, 256)])

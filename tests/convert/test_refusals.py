@@ -51,6 +51,19 @@ def test_all_problems_in_one_message(tmp_path: Path) -> None:
         assert text in message, text
 
 
+def test_many_like_problems_are_one_line(tmp_path: Path) -> None:
+    source = checkpoint(fp8=True)
+    for name in list(source.tensors):
+        if ".experts." in name and name.endswith(("up_proj.weight", "down_proj.weight_scale_inv")):
+            del source.tensors[name]
+    lines = problems(source.write(tmp_path / "hf")).splitlines()[1:]
+    assert lines == [
+        "  model.layers.{1-2}.mlp.experts.{0-3}.up_proj.weight [96, 192]: missing",
+        "  model.layers.{1-2}.mlp.experts.{0-3}.down_proj.weight_scale_inv: missing; "
+        "fp8 weights mean nothing without their scales",
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -63,6 +76,10 @@ def test_all_problems_in_one_message(tmp_path: Path) -> None:
         ({"moe_layer_freq": 2}, "moe_layer_freq: found 2"),
         ({"attention_bias": True}, "attention_bias: found True"),
         ({"rope_interleave": False}, "rope_interleave: found False"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: found 0.5"),
+        ({"mlp_layer_types": ["sparse", "dense", "sparse"]}, "mlp_layer_types: accepted"),
+        ({"mlp_layer_types": ["dense", "sparse"]}, "mlp_layer_types: accepted"),
+        ({"mlp_layer_types": 3}, "mlp_layer_types: accepted"),
         ({"scoring_func": "tanh"}, "scoring_func: found 'tanh'"),
         ({"topk_method": "random"}, "topk_method: found 'random'"),
         ({"n_group": 3}, "n_group: found 3; accepted: a divisor of the 4 experts"),

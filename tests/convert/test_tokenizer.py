@@ -175,6 +175,21 @@ def test_special_ids(tmp_path: Path) -> None:
     assert problems == ["mask_token_id: found 999; accepted: 0 to 319"]
 
 
+def test_special_ids_by_text(tmp_path: Path) -> None:
+    source = checkpoint()
+    source.config["architectures"] = ["Glm4MoeLiteForCausalLM"]
+    source.settings["added_tokens_decoder"] = {
+        "310": {"content": "[gMASK]", "special": True},
+        "311": {"content": "<|user|>", "special": True},
+    }
+    keys, problems = keys_of(source.write(tmp_path))
+    assert not problems
+    assert keys["tokenizer.ggml.bos_token_id"] == 310
+    assert keys["tokenizer.ggml.eos_token_id"] == 301
+    assert keys["tokenizer.ggml.eot_token_id"] == 311
+    assert "tokenizer.ggml.eom_token_id" not in keys
+
+
 def test_templates_in_files_and_by_name(tmp_path: Path) -> None:
     source = checkpoint()
     del source.settings["chat_template"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import ModelError
+from .folding import folded
 from .safetensors import StoredTensor, read_header
 
 _INDEX: Final = "model.safetensors.index.json"
@@ -84,9 +85,9 @@ def read_json(path: Path, problems: list[str], *, required: bool = True) -> dict
 
 
 def raise_all(path: Path, problems: list[str]) -> None:
-    """Raise ModelError with all of ``problems``, if there are any."""
+    """Raise ModelError with all of ``problems``, if there are any; layers and experts folded."""
     if problems:
-        lines = "".join(f"\n  {problem}" for problem in problems)
+        lines = "".join(f"\n  {problem}" for problem in folded(problems))
         raise ModelError(f"{path}: this checkpoint cannot be converted:{lines}")
 
 
@@ -143,5 +144,5 @@ def _add(tensors: dict[str, StoredTensor], file: Path, problems: list[str]) -> N
 def _compare(tensors: Mapping[str, StoredTensor], promised: Mapping[str, str]) -> list[str]:
     absent = [f"{name} ({file})" for name, file in promised.items() if name not in tensors]
     if absent:
-        return [f"{len(absent)} tensors of {_INDEX} are not in the files: {listed(absent)}"]
+        return [f"{len(absent)} tensors of {_INDEX} are not in the files: {listed(folded(absent))}"]
     return []

@@ -21,6 +21,8 @@ Floats = npt.NDArray[np.float32]
 #: Types of weights that are read here.
 FLOAT_DTYPES: Final = ("F32", "F16", "BF16")
 FP8_DTYPE: Final = "F8_E4M3"
+#: Types of their scales; F8_E8M0 has powers of two.
+SCALE_DTYPES: Final = (*FLOAT_DTYPES, "F8_E8M0")
 #: GGUF's name of each float type, where it is stored as the checkpoint has it.
 SAME_FORMAT: Final = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 
@@ -28,6 +30,7 @@ _BITS: Final[dict[str, np.dtype[Any]]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 #: What each of the 256 codes stands for.
 _E4M3: Final[Floats] = (
@@ -42,7 +45,7 @@ class Source:
 
     Attributes:
         tensor: the weight.
-        scales: float32 or bfloat16 [ceil(rows / block[0]), ceil(columns / block[1])], or None.
+        scales: of ``SCALE_DTYPES`` [ceil(rows / block[0]), ceil(columns / block[1])], or None.
         block: rows and columns that share a scale.
     """
 

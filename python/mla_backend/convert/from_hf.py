@@ -12,8 +12,9 @@ from mla_backend import _core
 from ..errors import UsageError
 from ..gguf.writer import NewTensor
 from .checkpoint import Checkpoint, listed, open_checkpoint, raise_all
-from .decode import FLOAT_DTYPES, FP8_DTYPE, Source, scale_shape
+from .decode import FLOAT_DTYPES, FP8_DTYPE, SCALE_DTYPES, Source, scale_shape
 from .estimate import estimate
+from .folding import folded
 from .hf_config import HfConfig, read_config
 from .hf_tokenizer import read_tokenizer
 from .metadata import metadata
@@ -219,6 +220,9 @@ class _Planner:
 
     def _source(self, name: str, target: Target) -> Source | None:
         tensor = self._checkpoint.tensors.get(name)
+        if tensor is None or tensor.shape != target.source_shape:
+            # The scales of a weight that is missing or wrong are known all the same.
+            self._used |= {name, name + _SCALE_SUFFIX} & self._checkpoint.tensors.keys()
         if tensor is None:
             if target.required:
                 self._problems.append(f"{name} {list(target.source_shape)}: missing")
@@ -245,7 +249,7 @@ class _Planner:
             return None
         self._used.add(name)
         accepted = scale_shape(tensor.shape, block) if len(tensor.shape) == 2 else ()
-        if scales.shape != accepted or scales.dtype not in FLOAT_DTYPES:
+        if scales.shape != accepted or scales.dtype not in SCALE_DTYPES:
             self._problems.append(
                 f"{name}: found {scales.dtype} {list(scales.shape)}; accepted: F32 {list(accepted)}"
             )
@@ -259,8 +263,8 @@ class _Planner:
         unknown = sorted(others - left_out)
         if unknown:
             self._problems.append(
-                f"{len(unknown)} tensors are not known and may change the computation: "
-                f"{listed(unknown)}"
+                f"tensors not known ({len(unknown)}), which may change the computation: "
+                f"{listed(folded(unknown))}"
             )
         foreign = [name for name in left_out if not name.startswith(self._config.prefix)]
         if foreign:

@@ -107,6 +107,7 @@ ARCHITECTURES: Final[Mapping[str, tuple[_Family, str]]] = MappingProxyType(
         "DeepseekV2ForCausalLM": (_V2, ""),
         "DeepseekV3ForCausalLM": (_V3, ""),
         "KimiVLForConditionalGeneration": (_V3, "language_model."),
+        "KimiK25ForConditionalGeneration": (_V3, "language_model."),
         "Glm4MoeLiteForCausalLM": (_V3_UNGROUPED, ""),
         "YoutuForCausalLM": (_V3_UNGROUPED, ""),
     }
@@ -174,6 +175,15 @@ def _refuse_variants(fields: Fields) -> None:
 def _count_dense(fields: Fields, family: _Family, moe: HfMoe | None, n_layer: int) -> int:
     if moe is None:
         return n_layer
+    kinds = fields.get("mlp_layer_types")
+    if kinds is not None:  # newer files say it layer by layer
+        n_dense = kinds.count("dense") if isinstance(kinds, list) else 0
+        fields.require(
+            kinds == ["dense"] * n_dense + ["sparse"] * (n_layer - n_dense),
+            f"mlp_layer_types: accepted: one of dense, sparse for each of the {n_layer} layers, "
+            "dense ones first",
+        )
+        return n_dense
     return fields.integer(
         "first_k_dense_replace", family.first_k_dense_replace, low=0, high=n_layer
     )
@@ -216,6 +226,7 @@ def _read_rope(fields: Fields) -> HfRope:
     kind = nested.choice(
         "rope_type", ("yarn", "linear", "default", "none"), nested.text("type", "default")
     )
+    nested.expect("partial_rotary_factor", (1, 1.0), 1.0)
     if kind in ("default", "none"):
         return HfRope(theta)
     factor = nested.number("factor")

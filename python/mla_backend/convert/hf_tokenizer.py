@@ -25,6 +25,15 @@ _SPECIAL: Final = {
     "cls": "cls",
     "mask": "mask",
 }
+#: Architectures whose settings do not say which tokens begin a text and end a turn.
+_SPECIAL_TEXTS: Final[Mapping[str, Mapping[str, str]]] = {
+    "Glm4MoeLiteForCausalLM": {
+        "bos": "[gMASK]",
+        "eot": "<|user|>",
+        "eom": "<|observation|>",
+        "unknown": "<|endoftext|>",
+    }
+}
 _ADDABLE: Final = ("bos", "eos", "sep")
 _PREFIX: Final = "tokenizer.ggml."
 _TIKTOKEN: Final = "tiktoken.model"
@@ -108,6 +117,10 @@ def _special_ids(
             problems.append(f"{kind}_token_id: found {index}; accepted: 0 to {n_vocab - 1}")
             continue
         keys[f"{_PREFIX}{name}_token_id"] = index
+    for architecture in config.get("architectures") or []:
+        for name, text in _SPECIAL_TEXTS.get(architecture, {}).items():
+            if text in ids:
+                keys[f"{_PREFIX}{name}_token_id"] = ids[text]
     return keys
 
 
