@@ -1,0 +1,55 @@
+// Operands of mla_attention as its kernels take them, and the three ways to compute it.
+// Letters: T tokens, H heads, C latent, N/R/V head dims (nope, rope, value).
+//
+// Spans, cells and the block table are values that only the device knows: a step is recorded once
+// and replayed while contexts grow. Grids follow from shapes and from the number of SMs; kernels
+// divide the work among their blocks by the spans they find.
+#pragma once
+
+#include "backends/cuda/cuda_op.h"
+#include "graph/ops.h"
+
+namespace mla::cuda {
+
+// One plane of the cache: rows in the layout of the format, as the host has them.
+struct CachePlane {
+  const std::byte* data;
+  int64_t cell_bytes;  // from one cell to the next
+  Format format;
+  int width;
+};
+
+// By value to kernels.
+struct AttentionArgs {
+  int t, h, n, r, c, v;
+  float scale;
+  bool k_b_transposed;
+  View q_nope, q_rope;  // [T, H, N], [T, H, R] in dims 1, 2, 3
+  CachePlane latent, rope;
+  int64_t n_cells;  // of the cache
+  View k_b, v_b;    // [H, C, N] (transposed: [H, N, C]), [H, V, C] in dims 1, 2, 3; packed rows
+  const int32_t* spans;
+  int64_t span_stride;  // in int32, as is table_stride
+  int n_spans;          // rows of the tensor; the list may end earlier
+  const int32_t* table;
+  int64_t table_stride;
+  int n_sequences, n_blocks, block_cells;
+  float* out;  // [T, H, V], contiguous
+};
+AttentionArgs attention_args(const Node& node, const Step* step);  // without a step: no memory
+inline AttentionArgs attention_args(const Step& step) { return attention_args(*step.node, &step); }
+
+// attention_exact.cu: float32 throughout, every cache format and stride, both contractions.
+size_t exact_scratch_bytes(const Node& node);
+void attention_exact(const Step& step, const CudaRun& run);
+
+// attention_absorbed.cu: the spans that are not `expanded`; zeros where a token is in no span.
+bool absorbed_fits(const Node& node, const DeviceInfo& device);
+size_t absorbed_scratch_bytes(const Node& node, const DeviceInfo& device);
+void attention_absorbed(const Step& step, const CudaRun& run);
+
+// attention_expanded.cu: the spans that are `expanded`; other rows are left alone.
+size_t expanded_scratch_bytes(const Node& node, const DeviceInfo& device);
+void attention_expanded(const Step& step, const CudaRun& run);
+
+}  // namespace mla::cuda

@@ -1,0 +1,105 @@
+// Attention over the latent cache: see graph/ops.h for the operands, attention.h for the ways.
+#include "backends/cuda/attention.h"
+#include "backends/cuda/kernels/attention_common.cuh"
+#include "backends/cuda/packed.h"
+
+namespace mla::cuda {
+
+AttentionArgs attention_args(const Node& node, const Step* step) {
+  const auto& attrs = node.attr<AttentionAttrs>();
+  const auto operand = [&](size_t i) {
+    return view(step != nullptr ? step->in[i] : Tensor(node.input(i)->layout, nullptr));
+  };
+  const View spans = operand(6);
+  const View table = operand(7);
+  const auto plane = [&](size_t i) {
+    const View cache = operand(i);
+    return CachePlane{cache.data, cache.stride[2], cache.format, static_cast<int>(cache.extent[3])};
+  };
+  AttentionArgs a = {};
+  a.q_nope = operand(0);
+  a.q_rope = operand(1);
+  a.latent = plane(2);
+  a.rope = plane(3);
+  a.k_b = operand(4);
+  a.v_b = operand(5);
+  a.t = static_cast<int>(a.q_nope.extent[1]);
+  a.h = static_cast<int>(a.q_nope.extent[2]);
+  a.n = static_cast<int>(a.q_nope.extent[3]);
+  a.r = static_cast<int>(a.q_rope.extent[3]);
+  a.v = static_cast<int>(a.v_b.extent[2]);
+  a.c = static_cast<int>(a.v_b.extent[3]);
+  a.scale = attrs.scale;
+  a.k_b_transposed = attrs.k_b_transposed;
+  a.n_cells = node.input(2)->dim(0);
+  a.spans = reinterpret_cast<const int32_t*>(spans.data);
+  a.span_stride = spans.stride[2] / int64_t{sizeof(int32_t)};
+  a.n_spans = static_cast<int>(spans.extent[2]);
+  a.table = reinterpret_cast<const int32_t*>(table.data);
+  a.table_stride = table.stride[2] / int64_t{sizeof(int32_t)};
+  a.n_sequences = static_cast<int>(table.extent[2]);
+  a.n_blocks = static_cast<int>(table.extent[3]);
+  a.block_cells = attrs.block_cells;
+  a.out = step != nullptr ? step->out.ptr<float>() : nullptr;
+  return a;
+}
+
+namespace {
+
+std::string_view refusal(const Node& node, const DeviceInfo&) {
+  for (size_t i : {size_t{2}, size_t{3}, size_t{6}, size_t{7}}) {
+    if (!node.input(i)->layout.rows_are_contiguous()) return "rows of the cache are scattered";
+  }
+  for (size_t i : {size_t{4}, size_t{5}}) {
+    if (traits(node.input(i)->format()).quantized) {
+      if (const auto why = packed_refusal(node.input(i)); !why.empty()) return why;
+    } else if (!node.input(i)->layout.rows_are_contiguous()) {
+      return "rows of k_b or v_b are scattered";
+    }
+  }
+  return "";
+}
+
+bool runs_fast(const Node& node, const DeviceInfo& device) {
+  return node.attr<AttentionAttrs>().precision == Precision::fast && absorbed_fits(node, device);
+}
+
+size_t scratch_bytes(const Node& node, const DeviceInfo& device) {
+  if (!runs_fast(node, device)) return exact_scratch_bytes(node);
+  const Contraction contraction = node.attr<AttentionAttrs>().contraction;
+  size_t bytes = 0;
+  if (contraction != Contraction::expanded) bytes = absorbed_scratch_bytes(node, device);
+  if (contraction != Contraction::absorbed) {
+    bytes = std::max(bytes, expanded_scratch_bytes(node, device));
+  }
+  return bytes;
+}
+
+// One block per token: zeros where no span has it.
+__global__ void __launch_bounds__(128) zero_idle_tokens(AttentionArgs a) {
+  pdl_trigger();
+  pdl_wait();
+  const int token = static_cast<int>(blockIdx.x);
+  if (find_span(a, token) >= 0) return;
+  float* row = a.out + int64_t{token} * a.h * a.v;
+  for (int i = threadIdx.x; i < a.h * a.v; i += blockDim.x) row[i] = 0.0f;
+}
+
+void run_mla_attention(const Step& step, const CudaRun& run) {
+  if (step.out.shape.n_elems() == 0) return;
+  if (!runs_fast(*step.node, run.device)) return attention_exact(step, run);
+  const Contraction contraction = step.node->attr<AttentionAttrs>().contraction;
+  if (contraction != Contraction::expanded) {
+    attention_absorbed(step, run);
+  } else {
+    const AttentionArgs a = attention_args(step);
+    launch(run, zero_idle_tokens, dim3(static_cast<unsigned>(a.t)), dim3(128), 0, a);
+  }
+  if (contraction != Contraction::absorbed) attention_expanded(step, run);
+}
+
+}  // namespace
+
+const CudaOp mla_attention_op = {refusal, scratch_bytes, run_mla_attention};
+
+}  // namespace mla::cuda
