@@ -1,0 +1,273 @@
+#include "backends/cuda/runtime.h"
+
+#include "base/error.h"
+
+namespace mla::cuda {
+namespace {
+
+// A block has this much dynamic shared memory without asking.
+constexpr size_t kUnaskedSmemBytes = 48 * 1024;
+// Kernels start before the ones before them have ended from this capability on.
+constexpr int kDependentLaunchMajor = 9;
+
+// Reads the pending error away, so that the next call does not report this one.
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();
+  MLA_CHECK(MemoryLimitError, error != cudaErrorMemoryAllocation, "CUDA: ", what,
+            ": out of device memory");
+  throw DeviceError(
+      concat("CUDA: ", what, ": ", cudaGetErrorString(error), " (", cudaGetErrorName(error), ")"));
+}
+
+// What cannot be reported from where it happens: destructors, and ends of what already failed.
+void ignore(cudaError_t error) noexcept {
+  if (error != cudaSuccess) (void)cudaGetLastError();
+}
+
+cudaEvent_t event(void* handle) { return static_cast<cudaEvent_t>(handle); }
+
+cudaError_t count_devices(int* count) {
+  const cudaError_t error = cudaGetDeviceCount(count);
+  if (error != cudaSuccess) {
+    (void)cudaGetLastError();
+    *count = 0;
+  }
+  return error;
+}
+
+std::string version_name(int version) { return concat(version / 1000, ".", version % 1000 / 10); }
+
+int attribute(cudaDeviceAttr which, int index) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, index), "reading the device's attributes");
+  return value;
+}
+
+}  // namespace
+
+// ---- devices ------------------------------------------------------------------------------------
+
+int device_count() {
+  int count = 0;
+  (void)count_devices(&count);
+  return count;
+}
+
+std::string device_problem() {
+  int count = 0;
+  const cudaError_t error = count_devices(&count);
+  if (count > 0) return "";
+  const int driver = driver_version();
+  if (driver == 0) return "no NVIDIA driver is installed";
+  if (error == cudaErrorInsufficientDriver) {
+    return concat("the NVIDIA driver serves CUDA ", version_name(driver), ", and this build needs ",
+                  version_name(runtime_version()), ": update the driver");
+  }
+  return error == cudaSuccess ? "there is no CUDA device" : cudaGetErrorString(error);
+}
+
+int driver_version() {
+  int version = 0;
+  ignore(cudaDriverGetVersion(&version));
+  return version;
+}
+
+int runtime_version() {
+  int version = 0;
+  check(cudaRuntimeGetVersion(&version), "reading the runtime's version");
+  return version;
+}
+
+DeviceInfo device_info(int index) {
+  MLA_CHECK(DeviceError, index >= 0 && index < device_count(), "CUDA device ", index,
+            " does not exist; there are ", device_count(), " ", device_problem());
+  cudaDeviceProp properties{};
+  check(cudaGetDeviceProperties(&properties, index), "reading the device's properties");
+  DeviceInfo info;
+  info.index = index;
+  info.name = properties.name;
+  info.major = properties.major;
+  info.minor = properties.minor;
+  info.n_sm = properties.multiProcessorCount;
+  info.l2_bytes = static_cast<size_t>(properties.l2CacheSize);
+  info.smem_per_block =
+      static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  info.total_bytes = properties.totalGlobalMem;
+  return info;
+}
+
+void use_device(int index) { check(cudaSetDevice(index), "choosing the device"); }
+
+bool enable_peer(int index, int peer) {
+  int can = 0;
+  check(cudaDeviceCanAccessPeer(&can, index, peer), "asking for access between devices");
+  if (can == 0) return false;
+  use_device(index);
+  const cudaError_t error = cudaDeviceEnablePeerAccess(peer, 0);
+  if (error == cudaErrorPeerAccessAlreadyEnabled) {
+    ignore(error);
+    return true;
+  }
+  check(error, "enabling access between devices");
+  return true;
+}
+
+DeviceMemory device_memory() {
+  DeviceMemory memory;
+  check(cudaMemGetInfo(&memory.free_bytes, &memory.total_bytes), "reading the device's memory");
+  return memory;
+}
+
+// ---- memory -------------------------------------------------------------------------------------
+
+std::byte* alloc_device(size_t bytes) {
+  void* data = nullptr;
+  const cudaError_t error = cudaMalloc(&data, bytes == 0 ? 1 : bytes);
+  if (error == cudaErrorMemoryAllocation) {
+    (void)cudaGetLastError();
+    const DeviceMemory memory = device_memory();
+    throw MemoryLimitError(concat("CUDA: out of device memory: ", bytes, " bytes asked for, ",
+                                  memory.free_bytes, " of ", memory.total_bytes, " free"));
+  }
+  check(error, "allocating device memory");
+  return static_cast<std::byte*>(data);
+}
+
+void free_device(std::byte* data) noexcept { ignore(cudaFree(data)); }
+
+std::shared_ptr<std::byte> device_buffer(size_t bytes) {
+  return {alloc_device(bytes), [](std::byte* data) { free_device(data); }};
+}
+
+std::shared_ptr<std::byte> pinned_buffer(size_t bytes) {
+  void* data = nullptr;
+  const cudaError_t error = cudaHostAlloc(&data, bytes == 0 ? 1 : bytes, cudaHostAllocPortable);
+  if (error == cudaErrorMemoryAllocation) {
+    (void)cudaGetLastError();
+    throw MemoryLimitError(concat("CUDA: cannot pin ", bytes, " bytes of host memory"));
+  }
+  check(error, "pinning host memory");
+  return {static_cast<std::byte*>(data), [](std::byte* pinned) { ignore(cudaFreeHost(pinned)); }};
+}
+
+void copy_async(void* dst, const void* src, size_t bytes, Stream stream) {
+  if (bytes == 0) return;
+  check(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, stream), "copying");
+}
+
+void copy_2d_async(void* dst, size_t dst_pitch, const void* src, size_t src_pitch, size_t row_bytes,
+                   size_t n_rows, Stream stream) {
+  if (row_bytes == 0 || n_rows == 0) return;
+  check(cudaMemcpy2DAsync(dst, dst_pitch, src, src_pitch, row_bytes, n_rows, cudaMemcpyDefault,
+                          stream),
+        "copying rows");
+}
+
+void fill_async(void* dst, std::byte value, size_t bytes, Stream stream) {
+  if (bytes == 0) return;
+  check(cudaMemsetAsync(dst, static_cast<int>(value), bytes, stream), "filling");
+}
+
+// ---- order --------------------------------------------------------------------------------------
+
+Stream create_stream() {
+  Stream stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
+  return stream;
+}
+
+void destroy_stream(Stream stream) noexcept { ignore(cudaStreamDestroy(stream)); }
+void sync_stream(Stream stream) { check(cudaStreamSynchronize(stream), "waiting for a stream"); }
+void sync_device() { check(cudaDeviceSynchronize(), "waiting for the device"); }
+
+Event::Event() {
+  cudaEvent_t created = nullptr;
+  check(cudaEventCreate(&created), "creating an event");
+  handle_ = created;
+}
+
+Event::~Event() {
+  if (handle_ != nullptr) ignore(cudaEventDestroy(event(handle_)));
+}
+
+void Event::record(Stream stream) {
+  check(cudaEventRecord(event(handle_), stream), "recording an event");
+}
+
+void Event::wait_in(Stream stream) const {
+  check(cudaStreamWaitEvent(stream, event(handle_), 0), "waiting for an event");
+}
+
+void Event::sync() const { check(cudaEventSynchronize(event(handle_)), "waiting for an event"); }
+
+bool Event::done() const {
+  const cudaError_t error = cudaEventQuery(event(handle_));
+  if (error == cudaErrorNotReady) {
+    ignore(error);
+    return false;
+  }
+  check(error, "asking for an event");
+  return true;
+}
+
+float Event::since_ms(const Event& start) const {
+  float ms = 0.0f;
+  check(cudaEventElapsedTime(&ms, event(start.handle_), event(handle_)), "timing");
+  return ms;
+}
+
+// ---- recorded graphs ----------------------------------------------------------------------------
+
+RecordedGraph::~RecordedGraph() {
+  if (handle_ != nullptr) ignore(cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(handle_)));
+}
+
+void RecordedGraph::launch(Stream stream) const {
+  check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(handle_), stream), "launching a graph");
+}
+
+void begin_recording(Stream stream) {
+  // Other threads go on as they like: what they call cannot reach this stream.
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording a graph");
+}
+
+RecordedGraph end_recording(Stream stream) {
+  cudaGraph_t graph = nullptr;
+  check(cudaStreamEndCapture(stream, &graph), "recording a graph");
+  cudaGraphExec_t executable = nullptr;
+  const cudaError_t error = cudaGraphInstantiate(&executable, graph, 0);
+  ignore(cudaGraphDestroy(graph));
+  check(error, "making a recorded graph executable");
+  return RecordedGraph(executable);
+}
+
+void abandon_recording(Stream stream) noexcept {
+  cudaGraph_t graph = nullptr;
+  ignore(cudaStreamEndCapture(stream, &graph));
+  if (graph != nullptr) ignore(cudaGraphDestroy(graph));
+}
+
+// ---- launches -----------------------------------------------------------------------------------
+
+void launch_kernel(const CudaRun& run, const void* kernel, dim3 grid, dim3 block,
+                   size_t dynamic_smem_bytes, void** params) {
+  if (dynamic_smem_bytes > kUnaskedSmemBytes) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(dynamic_smem_bytes)),
+          "asking for shared memory");
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = dynamic_smem_bytes;
+  config.stream = run.stream;
+  config.attrs = &attribute;
+  config.numAttrs = run.device.major >= kDependentLaunchMajor ? 1 : 0;
+  check(cudaLaunchKernelExC(&config, kernel, params), "launching a kernel");
+}
+
+}  // namespace mla::cuda
