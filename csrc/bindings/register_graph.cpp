@@ -187,7 +187,14 @@ void bind_products(py::class_<PyGraph>& graph) {
           },
           arg("logits"), arg("bias").none(true), arg("n_used"), arg("gating") = "softmax",
           arg("n_groups") = 1, arg("n_groups_used") = 1, arg("group_score") = "max",
-          arg("normalize") = false, arg("scale") = 1.0f, "-> (ids, weights)");
+          arg("normalize") = false, arg("scale") = 1.0f, "-> (ids, weights)")
+      .def(
+          "top_k",
+          [](PyGraph& g, const PyNode& logits, int k) {
+            const Choice best = top_k(*g.graph, logits.node, {k});
+            return std::make_pair(wrap(g, best.ids), wrap(g, best.values));
+          },
+          arg("logits"), arg("k"), "-> (ids, values)");
 }
 
 void bind_states(py::class_<PyGraph>& graph) {

@@ -49,6 +49,10 @@ struct RouteAttrs {
   bool normalize = false;  // weights of the chosen experts sum to 1 before scaling
   float scale = 1.0f;
 };
+inline constexpr int kMaxTopK = 256;
+struct TopKAttrs {
+  int k = 1;  // at most kMaxTopK
+};
 // What the spans of a graph may ask for: a promise, which spares a device work it cannot foresee.
 enum class Contraction : uint8_t { any, absorbed, expanded };
 struct AttentionAttrs {
@@ -59,7 +63,7 @@ struct AttentionAttrs {
   int block_cells = 64;         // cells per entry of the block table
 };
 using Attrs = std::variant<std::monostate, MatmulAttrs, RmsNormAttrs, RopeAttrs, SoftmaxAttrs,
-                           RouteAttrs, AttentionAttrs>;
+                           RouteAttrs, TopKAttrs, AttentionAttrs>;
 
 struct Node {
   Op op = Op::input;

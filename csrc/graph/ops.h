@@ -62,6 +62,15 @@ struct Routing {
 };
 Routing route(Graph& g, Node* logits, Node* bias, RouteAttrs attrs);
 
+// logits [M, V] F32, any strides. The node is I32 [M, 2, k]; ids and values are views of it: I32
+// [M, k] and F32 [M, k], the k largest of each row in falling order (ties to the lower id; NaN is
+// below -inf).
+struct Choice {
+  Node* ids;
+  Node* values;
+};
+Choice top_k(Graph& g, Node* logits, TopKAttrs attrs);
+
 // The cache of one layer: two planes over the same cells. cache_write takes states (or views).
 struct CacheNodes {
   Node* latent;  // [cells, C] F32, F16, BF16 or Q8_0

@@ -105,6 +105,10 @@ class Graph:
         ...
     def swiglu_matmul(self, x: Node, gate: Node, up: Node, ids: Node | None = None, precision: str = 'fast') -> Node:
         ...
+    def top_k(self, logits: Node, k: typing.SupportsInt | typing.SupportsIndex) -> tuple[Node, Node]:
+        """
+        -> (ids, values)
+        """
     def weight(self, name: str, tensor: Tensor) -> Node:
         """
         Constant memory; any strides.

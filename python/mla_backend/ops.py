@@ -49,6 +49,7 @@ __all__ = [
     "softmax",
     "swiglu",
     "swiglu_matmul",
+    "top_k",
 ]
 
 _BLOCK_CELLS = 64  # cells per block of the cache that mla_attention makes
@@ -207,6 +208,23 @@ def route(
     )
     chosen, shares = call.run(ids, weights)
     return chosen, shares
+
+
+def top_k(
+    logits: F32,
+    k: int,
+    *,
+    backend: str = "cpu",
+    isa: str | None = None,
+    threads: int | None = None,
+) -> tuple[I32, F32]:
+    """The k (at most 256) largest of each row of logits [M, V]: ids int32 [M, k], values float32.
+
+    Falling order; ties go to the lower id, NaN is below -inf.
+    """
+    call = Call("top_k", backend, isa, threads)
+    ids, values = call.run(*call.graph.top_k(call.operand("logits", logits), k))
+    return ids, values
 
 
 # ---- products ------------------------------------------------------------------------------------

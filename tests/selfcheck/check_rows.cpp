@@ -154,6 +154,22 @@ void check_route(const Machine& machine, Report& report) {
                kExactBound);
 }
 
+void check_top_k(const Machine& machine, Report& report) {
+  Case c(17);
+  constexpr int64_t n = 301;
+  constexpr int k = 20;
+  const Floats x = c.normal(kRows * n);
+  Doubles expected;
+  for (int64_t row = 0; row < kRows; ++row) {
+    std::vector<double> sorted(x.begin() + row * n, x.begin() + (row + 1) * n);
+    std::sort(sorted.rbegin(), sorted.rend());
+    expected.insert(expected.end(), sorted.begin(), sorted.begin() + k);
+  }
+  mla::Node* y = top_k(c.graph(), c.input(x, {kRows, n}), {k}).values;
+  report.error(machine, "top_k", nmse(c.run(machine, copy(c.graph(), y, Format::F32)), expected),
+               0);
+}
+
 }  // namespace
 
 void check_rows(const Machine& machine, Report& report) {
@@ -168,6 +184,7 @@ void check_rows(const Machine& machine, Report& report) {
     check_copy(machine, format, report);
   }
   check_route(machine, report);
+  check_top_k(machine, report);
 }
 
 }  // namespace selfcheck

@@ -28,6 +28,7 @@ constexpr auto kOps = std::to_array<OpRow>({
     {Op::matmul_indexed, &matmul_indexed_op},
     {Op::swiglu_matmul, &swiglu_matmul_op},
     {Op::route, &route_op},
+    {Op::top_k, &top_k_op},
     {Op::cache_write, &cache_write_op},
     {Op::mla_attention, &mla_attention_op},
     {Op::square_sums, &square_sums_op},

@@ -5,29 +5,22 @@
 // chosen. The n_used best choices win, in falling order; their weights are the scores without
 // bias, divided by their sum (+ 1e-20) if normalized, times the scale.
 // Order is total: ties go to the lower id, NaN is below -inf.
-#include <bit>
 #include <limits>
 
 #include "backends/cpu/ops/rows.h"
+#include "base/order.h"
 
 namespace mla::cpu {
 namespace {
 
-// Integers in the order of the floats; -0 equals 0, NaN comes first.
-int32_t order_key(float value) {
-  if (value != value) return std::numeric_limits<int32_t>::min();
-  const auto bits = std::bit_cast<int32_t>(value + 0.0f);
-  return bits < 0 ? bits ^ std::numeric_limits<int32_t>::max() : bits;
-}
-
 // The best candidates so far, in falling order; offered with rising ids.
 struct Best {
   int32_t* ids;
-  int32_t* keys;
+  uint32_t* keys;
   int64_t capacity;
   int64_t size = 0;
 
-  void offer(int32_t id, int32_t key) {
+  void offer(int32_t id, uint32_t key) {
     if (size == capacity && key <= keys[size - 1]) return;
     int64_t at = size < capacity ? size++ : size - 1;
     for (; at > 0 && keys[at - 1] < key; --at) {
@@ -44,7 +37,7 @@ struct Room {
   float* logits;   // [E]
   float* scores;   // [E] weights come from here
   float* choices;  // [E] scores + bias
-  int32_t* keys;   // [E]
+  uint32_t* keys;  // [E]
   int32_t* group_ids;
   uint8_t* group_used;
 };
@@ -55,7 +48,7 @@ Room room_of(const CpuRun& run, int64_t n_experts, int thread) {
   return {base,
           base + n_experts,
           base + 2 * n_experts,
-          reinterpret_cast<int32_t*>(base + 3 * n_experts),
+          reinterpret_cast<uint32_t*>(base + 3 * n_experts),
           reinterpret_cast<int32_t*>(base + 4 * n_experts),
           reinterpret_cast<uint8_t*>(base + 5 * n_experts)};
 }

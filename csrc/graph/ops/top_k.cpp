@@ -1,0 +1,24 @@
+// Shape rule of top_k. The result packs ids and values, so that one node yields both.
+#include "base/error.h"
+#include "graph/ops.h"
+#include "graph/ops/checks.h"
+
+namespace mla {
+
+Choice top_k(Graph& g, Node* logits, TopKAttrs a) {
+  check_f32("top_k", "logits", logits);
+  MLA_CHECK_SHAPE(logits->shape().rank == 2, "top_k: logits ", logits->layout, " must be [M, V]");
+  MLA_CHECK_SHAPE(a.k >= 1 && a.k <= std::min<int64_t>(logits->dim(1), kMaxTopK), "top_k: k is ",
+                  a.k, ", accepted is 1 to ", std::min<int64_t>(logits->dim(1), kMaxTopK));
+  Node* packed = g.add_node(
+      Op::top_k, Layout::contiguous(Format::I32, Shape{logits->dim(0), 2, a.k}), {logits}, a);
+  Layout half = packed->layout;
+  half.shape = Shape{logits->dim(0), a.k};
+  half.stride = {0, 0, packed->layout.stride[1], packed->layout.stride[3]};
+  Node* ids = g.add_view(packed, half, 0);
+  half.format = Format::F32;
+  Node* values = g.add_view(packed, half, packed->layout.stride[2]);
+  return {ids, values};
+}
+
+}  // namespace mla
