@@ -264,6 +264,17 @@ __device__ __forceinline__ float warp_max(float x) {
   }
   return x;
 }
+__device__ __forceinline__ uint32_t warp_max(uint32_t x) {
+#if !defined(MLA_CUDA_EMULATE) && MLA_CUDA_ARCH >= 800
+  return __reduce_max_sync(kAllLanes, x);
+#else
+  for (int step = kWarpThreads / 2; step > 0; step /= 2) {
+    const uint32_t other = __shfl_xor_sync(kAllLanes, x, step);
+    x = x > other ? x : other;
+  }
+  return x;
+#endif
+}
 __device__ __forceinline__ int warp_sum(int x) {
   for (int step = kWarpThreads / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
   return x;
