@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from .console import Console, write_json, write_stdout
 from .options import ConsoleOptions, JsonOptions
-from .output_file import OutputOptions, check_new, resumable
-from .sizes import parse_size
-from .units import bytes_text, duration_text
-
-if TYPE_CHECKING:
-    from ..convert.from_hf import ConversionPlan, ConvertOptions
+from .output_file import OutputOptions
+from .planned import Shown, show_or_write
 
 
 @dataclass(frozen=True)
@@ -63,74 +57,23 @@ def convert(
 
     An interrupted conversion goes on where it stopped when the same command is given again.
     """
-    from ..convert.from_hf import estimate_seconds, plan_conversion
-    from ..convert.output import write_output
+    from ..convert.from_hf import ConvertOptions, estimate_seconds, plan_conversion
 
-    plan = plan_conversion(options.checkpoint, options.out, _options(options, file))
-    if not options.dry_run:
-        check_new(plan.output.paths, force=file.force)
-    printer = Console(console, as_json=output.as_json)
-    printer.notes(plan.notes)
-    if options.dry_run:
-        seconds = estimate_seconds(plan)
-        if output.as_json:
-            write_json(_as_json(plan) | {"seconds": round(seconds, 3), "written": False})
-        else:
-            write_stdout(_as_text(plan, seconds, verbose=console.verbose))
-        return
-    with resumable(printer, plan.output):
-        write_output(plan.output, plan.make, plan.n_threads, printer.progress)
-    printer.progress.clear()
-    if output.as_json:
-        write_json(_as_json(plan) | {"written": True})
-    else:
-        write_stdout("".join(f"{path}\n" for path in plan.output.paths))
-
-
-def _options(options: CheckpointOptions, file: OutputOptions) -> ConvertOptions:
-    from ..convert.from_hf import ConvertOptions
-
-    size = file.split_max_size
-    return ConvertOptions(
+    wanted = ConvertOptions(
         outtype=options.outtype,
         layout="legacy" if options.legacy_layout else "split",
         keep_nextn=not options.no_mtp,
-        max_shard_bytes=parse_size(size, "--split-max-size") if size is not None else None,
+        max_shard_bytes=file.max_shard_bytes,
         name=options.name,
         pre=options.pre,
         threads=file.threads,
     )
-
-
-def _as_json(plan: ConversionPlan) -> dict[str, object]:
-    return {
-        "paths": [str(path) for path in plan.output.paths],
-        "type": plan.outtype,
-        "n_bytes": plan.output.n_bytes,
-        "source_bytes": plan.source_bytes,
-        "prediction_layers": plan.n_nextn,
-        "formats": {
-            format: {"tensors": count, "bytes": n_bytes}
-            for format, (count, n_bytes) in plan.formats().items()
-        },
-        "notes": list(plan.notes),
-    }
-
-
-def _as_text(plan: ConversionPlan, seconds: float, *, verbose: bool) -> str:
-    return "".join(f"{line}\n" for line in _lines(plan, seconds, verbose))
-
-
-def _lines(plan: ConversionPlan, seconds: float, verbose: bool) -> Iterator[str]:
-    for shard in plan.output.shards:
-        yield f"{bytes_text(shard.layout.n_bytes):>10}  {shard.path}"
-    yield f"type {plan.outtype}, {len(plan.output.tensors)} tensors:"
-    for format, (count, n_bytes) in plan.formats().items():
-        yield f"  {format:8} {count:5}  {bytes_text(n_bytes):>10}"
-    if verbose:
-        for tensor in plan.output.tensors:
-            yield f"  {tensor.format:8} {list(tensor.shape)!s:>22}  {tensor.name}"
-    yield (
-        f"reads {bytes_text(plan.source_bytes)}, takes about {duration_text(seconds)} "
-        f"on {plan.n_threads} threads"
+    plan = plan_conversion(options.checkpoint, options.out, wanted)
+    shown = Shown(
+        type=plan.outtype,
+        source_bytes=plan.source_bytes,
+        details=[f"  {t.format:8} {list(t.shape)!s:>22}  {t.name}" for t in plan.output.tensors],
+        estimate=lambda: estimate_seconds(plan),
+        facts={"prediction_layers": plan.n_nextn},
     )
+    show_or_write(plan, shown, dry_run=options.dry_run, file=file, output=output, console=console)

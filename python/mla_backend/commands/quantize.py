@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import Console, write_json, write_stdout
 from .options import ConsoleOptions, JsonOptions
-from .output_file import OutputOptions, check_new, resumable
-from .sizes import parse_size
-from .units import bytes_text, duration_text
+from .output_file import OutputOptions
+from .planned import Shown, show_or_write
 
 if TYPE_CHECKING:
     from ..quantize import QuantizePlan
@@ -61,73 +59,31 @@ def quantize(
 
     An interrupted quantization goes on where it stopped when the same command is given again.
     """
-    from ..convert.output import write_output
-    from ..quantize import estimate_seconds
+    from ..quantize import estimate_seconds, parse_override, plan_quantization
 
-    plan = _plan(options, file)
-    if not options.dry_run:
-        check_new(plan.output.paths, force=file.force)
-    printer = Console(console, as_json=output.as_json)
-    printer.notes(plan.notes)
-    if options.dry_run:
-        seconds = estimate_seconds(plan)
-        if output.as_json:
-            write_json(_as_json(plan) | {"seconds": round(seconds, 3), "written": False})
-        else:
-            write_stdout("".join(f"{line}\n" for line in _lines(plan, seconds, console.verbose)))
-        return
-    with resumable(printer, plan.output):
-        write_output(plan.output, plan.make, plan.n_threads, printer.progress)
-    printer.progress.clear()
-    if output.as_json:
-        write_json(_as_json(plan) | {"written": True})
-    else:
-        write_stdout("".join(f"{path}\n" for path in plan.output.paths))
-
-
-def _plan(options: QuantizeOptions, file: OutputOptions) -> QuantizePlan:
-    from ..quantize import parse_override, plan_quantization
-
-    size = file.split_max_size
-    return plan_quantization(
+    plan = plan_quantization(
         options.model,
         options.out,
         options.type,
         imatrix=options.imatrix,
         overrides=[parse_override(text) for text in options.tensor_type or ()],
         allow_requantize=options.allow_requantize,
-        max_shard_bytes=parse_size(size, "--split-max-size") if size is not None else None,
+        max_shard_bytes=file.max_shard_bytes,
         threads=file.threads,
     )
-
-
-def _as_json(plan: QuantizePlan) -> dict[str, object]:
-    return {
-        "paths": [str(path) for path in plan.output.paths],
-        "type": plan.type,
-        "n_bytes": plan.output.n_bytes,
-        "source_bytes": plan.file.n_bytes,
-        "bits_per_weight": round(plan.bits_per_weight(), 3),
-        "formats": {
-            format: {"tensors": count, "bytes": n_bytes}
-            for format, (count, n_bytes) in plan.formats().items()
-        },
-        "notes": list(plan.notes),
-    }
-
-
-def _lines(plan: QuantizePlan, seconds: float, verbose: bool) -> Iterator[str]:
-    for shard in plan.output.shards:
-        yield f"{bytes_text(shard.layout.n_bytes):>10}  {shard.path}"
     bits = plan.bits_per_weight()
-    yield f"type {plan.type}, {bits:.2f} bits per weight, {len(plan.steps)} tensors:"
-    for format, (count, n_bytes) in plan.formats().items():
-        yield f"  {format:8} {count:5}  {bytes_text(n_bytes):>10}"
-    if verbose:
-        for step in plan.steps:
-            change = f"{step.source.format} -> {step.target.format}"
-            yield f"  {change:16} {list(step.target.shape)!s:>22}  {step.target.name}"
-    yield (
-        f"reads {bytes_text(plan.file.n_bytes)}, takes about {duration_text(seconds)} "
-        f"on {plan.n_threads} threads"
+    shown = Shown(
+        type=plan.type,
+        source_bytes=plan.file.n_bytes,
+        details=list(_details(plan)),
+        estimate=lambda: estimate_seconds(plan),
+        remark=f", {bits:.2f} bits per weight",
+        facts={"bits_per_weight": round(bits, 3)},
     )
+    show_or_write(plan, shown, dry_run=options.dry_run, file=file, output=output, console=console)
+
+
+def _details(plan: QuantizePlan) -> Iterator[str]:
+    for step in plan.steps:
+        change = f"{step.source.format} -> {step.target.format}"
+        yield f"  {change:16} {list(step.target.shape)!s:>22}  {step.target.name}"

@@ -10,8 +10,7 @@ import typer
 
 from .console import Console, write_json, write_stdout
 from .options import ConsoleOptions, JsonOptions
-from .output_file import OutputOptions, check_new, resumable
-from .sizes import parse_size
+from .output_file import OutputOptions, check_new, write_files
 
 if TYPE_CHECKING:
     from ..convert.upgrade import UpgradePlan
@@ -39,24 +38,20 @@ def upgrade(
     options: UpgradeOptions, file: OutputOptions, output: JsonOptions, console: ConsoleOptions
 ) -> None:
     """Rewrite a file from before the layout change (attn_kv_b), without the checkpoint."""
-    from ..convert.output import write_output
     from ..convert.upgrade import plan_upgrade
 
-    size = file.split_max_size
     plan = plan_upgrade(
         options.old,
         options.new,
         k_b_format=options.k_b_type,
-        max_shard_bytes=parse_size(size, "--split-max-size") if size is not None else None,
+        max_shard_bytes=file.max_shard_bytes,
         threads=file.threads,
     )
     check_new(plan.output.paths, force=file.force)
     printer = Console(console, as_json=output.as_json)
     for text in _changes(plan):
         printer.note(text)
-    with resumable(printer, plan.output):
-        write_output(plan.output, plan.make, plan.n_threads, printer.progress)
-    printer.progress.clear()
+    write_files(printer, plan)
     if output.as_json:
         write_json(_as_json(plan))
     else:

@@ -77,15 +77,6 @@ class ConversionPlan:
         """The bytes of one piece."""
         return make(self.recipes[piece.tensor], piece)
 
-    def formats(self) -> dict[str, tuple[int, int]]:
-        """Tensors and their bytes by format, most bytes first."""
-        count: Counter[str] = Counter()
-        n_bytes: Counter[str] = Counter()
-        for tensor in self.output.tensors:
-            count[tensor.format] += 1
-            n_bytes[tensor.format] += tensor.n_bytes
-        return {format: (count[format], n) for format, n in n_bytes.most_common()}
-
 
 def plan_conversion(
     path: str | Path, out: str | Path, options: ConvertOptions | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -82,6 +83,15 @@ class OutputPlan:
     def journal(self) -> Path:
         """Where the journal lies while the files are unfinished."""
         return self.path.with_name(f".{self.path.name}.journal")
+
+    def formats(self) -> dict[str, tuple[int, int]]:
+        """Tensors and their bytes by format, most bytes first."""
+        count: Counter[str] = Counter()
+        n_bytes: Counter[str] = Counter()
+        for tensor in self.tensors:
+            count[tensor.format] += 1
+            n_bytes[tensor.format] += tensor.n_bytes
+        return {format: (count[format], n) for format, n in n_bytes.most_common()}
 
     def fingerprint(self) -> str:
         """A hash over everything that the bytes of the files depend on."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -68,15 +67,6 @@ class QuantizePlan:
         if step.is_copy:
             return read_bytes(self.file, step.source, piece.first, piece.count)
         return _encoded(self.file, step, piece)
-
-    def formats(self) -> dict[str, tuple[int, int]]:
-        """Tensors and their bytes by format, most bytes first."""
-        count: Counter[str] = Counter()
-        n_bytes: Counter[str] = Counter()
-        for tensor in self.output.tensors:
-            count[tensor.format] += 1
-            n_bytes[tensor.format] += tensor.n_bytes
-        return {format: (count[format], n) for format, n in n_bytes.most_common()}
 
     def bits_per_weight(self) -> float:
         """Bits of all tensors by their numbers."""
