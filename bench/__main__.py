@@ -9,6 +9,7 @@ from pathlib import Path
 _HERE = Path(__file__).parent
 _PROGRAMS = {
     "convert": "a checkpoint to a file",
+    "convert-peer": "the same, beside llama.cpp's tools",
     "machine": "the machine's limits",
     "make": "write a random model",
     "model": "prefill and decode of a model",
@@ -19,6 +20,7 @@ _PROGRAMS = {
 }
 _FILES = {
     "convert": "bench_convert",
+    "convert-peer": "bench_convert_peer",
     "make": "make_model",
     "model": "bench_model",
     "ops": "bench_ops",

@@ -105,7 +105,7 @@ def write_checkpoint(path: Path, source: str, n_bytes: int) -> None:
     path.mkdir(parents=True)
     expert_bytes = 3 * _D * _FF * _DTYPES[source][1]
     n_expert = max(4, n_bytes // expert_bytes)
-    (path / "config.json").write_text(json.dumps(_config(n_expert)))
+    (path / "config.json").write_text(json.dumps(_config(n_expert, source)))
     (path / "tokenizer.json").write_text(json.dumps(_tokenizer()))
     dtype = _DTYPES[source][0]
     tensors = {name: (dtype, shape) for name, shape in _matrices(n_expert)}
@@ -119,13 +119,14 @@ def write_checkpoint(path: Path, source: str, n_bytes: int) -> None:
     _write_tensors(path / "model.safetensors", tensors)
 
 
-def _config(n_expert: int) -> dict[str, Any]:
-    return {
+def _config(n_expert: int, source: str) -> dict[str, Any]:
+    config: dict[str, Any] = {
         "architectures": ["DeepseekV3ForCausalLM"],
         "hidden_size": _D,
         "num_hidden_layers": 1,
         "first_k_dense_replace": 0,
         "num_attention_heads": _HEADS,
+        "num_key_value_heads": _HEADS,
         "qk_nope_head_dim": 128,
         "qk_rope_head_dim": 64,
         "v_head_dim": 128,
@@ -141,6 +142,13 @@ def _config(n_expert: int) -> dict[str, Any]:
         "vocab_size": _VOCAB,
         "max_position_embeddings": 4096,
     }
+    if source == "fp8":
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "weight_block_size": [128, 128],
+        }
+    return config
 
 
 def _matrices(n_expert: int) -> Iterator[tuple[str, list[int]]]:
