@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "exec/backend.h"
 #include "graph/tensor.h"
 
 namespace mla::bindings {
@@ -35,7 +36,17 @@ struct PyTensor {
   Tensor tensor;
   pybind11::object owner;
   bool writable;
+  const void* home = nullptr;  // the backend whose memory it is; null: host memory
 };
+
+// Memory of a backend, for tensors in it.
+struct DeviceMemory {
+  std::shared_ptr<Backend> backend;
+  Buffer buffer;
+};
+
+// Throws UnsupportedError where the host cannot read the memory.
+void check_host(const char* op, const PyTensor& tensor);
 
 // Throws ShapeError where the memory is read-only.
 void check_writable(const char* op, const PyTensor& tensor);

@@ -1,4 +1,5 @@
 // Thread pools, backends and executors.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <set>
@@ -84,6 +85,23 @@ py::array output(const PyExecutor& self, size_t i) {
   return to_array(t, owner);
 }
 
+// A weight in the memory of a device, and the host's, which the device's copy is known by.
+struct Uploaded {
+  Buffer buffer;
+  py::object owner;
+};
+
+Uploaded upload(Workspace& workspace, const Backend& backend, const PyTensor& tensor) {
+  const auto& all = workspace.backends();
+  const auto found = std::ranges::find_if(all, [&](const auto& b) { return b.get() == &backend; });
+  MLA_CHECK(UnsupportedError, found != all.end(), "upload: ", backend.name(),
+            " is no backend of the workspace");
+  const Domain domain = workspace.domain_of(static_cast<int>(found - all.begin()));
+  if (domain == kHost) return {{}, tensor.owner};
+  const py::gil_scoped_release unlocked;
+  return {workspace.constant(domain, tensor.tensor), tensor.owner};
+}
+
 py::dict report(const PyExecutor& self) {
   const Plan& plan = self.executor->plan();
   const auto& backends = self.executor->workspace().backends();
@@ -116,6 +134,14 @@ void register_devices(py::module_& m) {
       .def_property_readonly("n_threads", &sys::ThreadPool::n_threads);
   py::class_<Backend, std::shared_ptr<Backend>>(m, "Backend", "Where nodes can run.")
       .def_property_readonly("name", [](const Backend& b) { return std::string(b.name()); })
+      .def_property_readonly("shares_host_memory", &Backend::shares_host_memory)
+      .def("free_bytes", &Backend::free_bytes, "Free memory of its own; 0 where it has none.")
+      .def(
+          "refusal",
+          [](const Backend& b, const PyNode& node) {
+            return b.supports_op(*node.node) ? std::string() : b.refusal(*node.node);
+          },
+          arg("node"), "Why the node cannot run here; \"\" where it can.")
       .def(
           "supports_op",
           [](const Backend& b, const PyNode& node) { return b.supports_op(*node.node); },
@@ -144,9 +170,14 @@ void register_backends(py::module_& m) {
       .def("cancel", [](CancelToken& t) { t.cancelled.store(true); })
       .def("reset", [](CancelToken& t) { t.cancelled.store(false); })
       .def_property_readonly("cancelled", [](const CancelToken& t) { return t.cancelled.load(); });
+  py::class_<Uploaded>(m, "Uploaded", "A weight in the memory of a device.")
+      .def_property_readonly("n_bytes", [](const Uploaded& u) { return u.buffer.size_bytes; });
   py::class_<Workspace, std::shared_ptr<Workspace>>(
       m, "Workspace", "Memory shared by the executors of one model, which run one at a time.")
       .def(py::init<std::vector<std::shared_ptr<Backend>>>(), arg("backends"))
+      .def("upload", &upload, arg("backend"), arg("tensor"),
+           "A weight as the backend's kernels read it. Executors use it as long as the handle "
+           "lives. Raises MemoryLimitError.")
       .def_property_readonly("n_bytes", [](const Workspace& w) {
         size_t bytes = 0;
         for (Domain d = 0; d < w.n_domains(); ++d) bytes += w.arena(d).size_bytes;

@@ -26,6 +26,7 @@ void register_cache(py::module_& m) {
       [](const cpu::CpuBackend& backend, const PyTensor& plane, const Int32s& cells,
          const Floats& frequencies, int64_t delta) {
         check_writable("rotate_rope", plane);
+        check_host("rotate_rope", plane);
         const auto rows = span_of(cells);
         const auto turns = span_of(frequencies);
         const py::gil_scoped_release unlocked;
@@ -37,6 +38,7 @@ void register_cache(py::module_& m) {
       "copy_cells",
       [](const PyTensor& plane, const Int32s& source, const Int32s& target) {
         check_writable("copy_cells", plane);
+        check_host("copy_cells", plane);
         const auto from = span_of(source);
         const auto to = span_of(target);
         const py::gil_scoped_release unlocked;

@@ -22,6 +22,14 @@ Gating to_gating(const std::string& name) {
   return Gating::sigmoid;
 }
 
+Contraction to_contraction(const std::string& name) {
+  if (name == "any") return Contraction::any;
+  if (name == "absorbed") return Contraction::absorbed;
+  MLA_CHECK(UnsupportedError, name == "expanded", "contraction '", name,
+            "', accepted is any, absorbed or expanded");
+  return Contraction::expanded;
+}
+
 GroupScore to_group_score(const std::string& name) {
   if (name == "max") return GroupScore::max;
   MLA_CHECK(UnsupportedError, name == "top2_sum", "group_score '", name,
@@ -56,9 +64,14 @@ void bind_leaves(py::class_<PyGraph>& graph) {
           [](PyGraph& g, std::string name, const PyTensor& t) {
             check_writable("state", t);
             g.owners->push_back(t.owner);
-            return wrap(g, g.graph->state(std::move(name), t.tensor));
+            return wrap(g, g.graph->state(std::move(name), t.tensor, t.home));
           },
           arg("name"), arg("tensor"), "Memory that runs may write: the cache.")
+      .def(
+          "place_on", [](PyGraph& g, std::string device) { g.graph->place_on(std::move(device)); },
+          arg("device"),
+          "Nodes from now on are computed by the backend of this name where it can; \"\": by the "
+          "first of the workspace that can.")
       .def(
           "output", [](PyGraph& g, const PyNode& x) { g.graph->output(x.node); }, arg("x"),
           "Keeps x readable after a run; outputs are numbered in the order of these calls.")
@@ -214,15 +227,17 @@ void bind_states(py::class_<PyGraph>& graph) {
           [](PyGraph& g, const PyNode& q_nope, const PyNode& q_rope, const PyNode& cache_latent,
              const PyNode& cache_rope, const PyNode& k_b, const PyNode& v_b, const PyNode& spans,
              const PyNode& block_table, float scale, bool k_b_transposed, int block_cells,
-             const std::string& precision) {
-            const AttentionAttrs attrs{to_precision(precision), scale, k_b_transposed, block_cells};
+             const std::string& precision, const std::string& contraction) {
+            const AttentionAttrs attrs{to_precision(precision), to_contraction(contraction), scale,
+                                       k_b_transposed, block_cells};
             return wrap(g, mla_attention(*g.graph, q_nope.node, q_rope.node,
                                          {cache_latent.node, cache_rope.node}, k_b.node, v_b.node,
                                          spans.node, block_table.node, attrs));
           },
           arg("q_nope"), arg("q_rope"), arg("cache_latent"), arg("cache_rope"), arg("k_b"),
           arg("v_b"), arg("spans"), arg("block_table"), arg("scale"), arg("k_b_transposed") = false,
-          arg("block_cells") = 64, arg("precision") = "fast")
+          arg("block_cells") = 64, arg("precision") = "fast", arg("contraction") = "any",
+          "contraction: which of them the spans may ask for, any, absorbed or expanded.")
       .def(
           "square_sums",
           [](PyGraph& g, const PyNode& sums, const PyNode& counts, const PyNode& x,

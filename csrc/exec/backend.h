@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <string>
 #include <string_view>
 
 #include "graph/node.h"
@@ -26,7 +27,7 @@ struct Placement {
 };
 
 // A node with every operand resolved to memory. in[i] has data == nullptr where the optional
-// operand is absent.
+// operand is absent. Without a node: in[0] is copied to out, one of them in host memory.
 struct Step {
   const Node* node = nullptr;
   Tensor out;
@@ -37,21 +38,44 @@ struct Step {
 // (CancelledError, or what the caller likes) to stop; nothing is left half-locked.
 using Checkpoint = std::function<void()>;
 
+// Steps made ready to run again and again, on the same memory.
+class Program {
+ public:
+  virtual ~Program() = default;
+  virtual void run(const Checkpoint& checkpoint) = 0;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
   virtual std::string_view name() const = 0;
   // Pure: depends on the node's op, formats, shapes and strides alone.
   virtual bool supports_op(const Node& node) const = 0;
+  // Why not, where supports_op says no.
+  virtual std::string refusal(const Node&) const { return "no kernel"; }
   // True where this backend's kernels may dereference host memory (weights, state) as it is.
   virtual bool shares_host_memory() const = 0;
   virtual size_t scratch_bytes(const Node& node) const = 0;
   virtual Buffer alloc(size_t bytes, Placement placement) = 0;
+  virtual void zero(const Buffer& buffer);
+  virtual size_t free_bytes() const { return 0; }  // of memory of its own
+  // Host memory that copies to and from this backend are fastest with; empty: any.
+  virtual Buffer alloc_host(size_t) { return {}; }
   // Between this backend's memory and the host, or within it; same shape and format, any strides.
   virtual void copy(const Tensor& dst, const Tensor& src) = 0;
-  // Runs the steps in order. scratch holds the largest scratch_bytes of them.
+  // A copy of constant host memory, laid out as this backend's kernels like it. As it is unless
+  // overridden.
+  virtual Buffer upload(const Tensor& host);
+  // Of what upload() made of a tensor laid out as `whole`: the operand that a view of it is, which
+  // lies offset_bytes further and has the strides of `view` in host memory.
+  virtual Tensor constant_view(const Buffer& uploaded, const Layout& whole, const Layout& view,
+                               int64_t offset_bytes) const;
+  // Runs the steps in order. scratch holds the largest scratch_bytes of them. What it computes is
+  // there, for the host too, after sync().
   virtual void run(std::span<const Step> steps, const Buffer& scratch,
                    const Checkpoint& checkpoint) = 0;
+  // The steps and the memory they name stay where they are as long as the program lives.
+  virtual std::unique_ptr<Program> compile(std::span<const Step> steps, const Buffer& scratch);
   virtual void sync() = 0;
 };
 

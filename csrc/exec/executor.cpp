@@ -37,7 +37,7 @@ void Executor::copy_constants() {
       Node* root = in != nullptr ? root_of(in).node : nullptr;
       if (root == nullptr || root->op != Op::weight) continue;
       auto& copy = constants_[static_cast<size_t>(domain)][root];
-      if (copy == nullptr) {
+      if (copy.data == nullptr) {
         copy = workspace_->constant(domain, Tensor(root->layout, root->constant));
       }
     }
@@ -46,10 +46,14 @@ void Executor::copy_constants() {
 
 Tensor Executor::resolve(Node* node, Domain domain) const {
   const Root root = root_of(node);
-  if (root.node->op == Op::weight || root.node->op == Op::state) {
-    if (domain == kHost) return Tensor(node->layout, root.node->constant + root.offset_bytes);
-    std::byte* copy = constants_[static_cast<size_t>(domain)].at(root.node).get();
-    return Tensor(node->layout, copy - root.node->layout.low_bytes() + root.offset_bytes);
+  const bool is_state = root.node->op == Op::state;
+  if (is_state || (root.node->op == Op::weight && domain == kHost)) {
+    return Tensor(node->layout, root.node->constant + root.offset_bytes);
+  }
+  if (root.node->op == Op::weight) {
+    const Buffer& copy = constants_[static_cast<size_t>(domain)].at(root.node);
+    return workspace_->owner(domain).constant_view(copy, root.node->layout, node->layout,
+                                                   root.offset_bytes);
   }
   const int slot = slot_of_[static_cast<size_t>(domain)][static_cast<size_t>(root.node->id)];
   std::byte* base = workspace_->arena(domain).data.get();
@@ -64,32 +68,46 @@ void Executor::bind() {
   for (size_t b = 0; b < plan_.scratch_bytes.size(); ++b) {
     workspace_->reserve_scratch(static_cast<int>(b), static_cast<size_t>(plan_.scratch_bytes[b]));
   }
-  steps_.clear();
+  compile();
+  bound_generation_ = workspace_->generation();
+}
+
+Step Executor::resolve(const PlannedStep& planned) const {
+  Step step;
+  step.node = planned.node;
+  if (planned.node == nullptr) {
+    const Slot& from = plan_.slots[static_cast<size_t>(planned.from_slot)];
+    const Slot& to = plan_.slots[static_cast<size_t>(planned.to_slot)];
+    step.out = resolve(to.root, to.domain);
+    step.in[0] = resolve(from.root, from.domain);
+    return step;
+  }
+  const Domain domain = workspace_->domain_of(planned.backend);
+  step.out = resolve(const_cast<Node*>(planned.node), domain);
+  MLA_CHECK_SHAPE(planned.node->inputs.size() <= kMaxInputs, "executor: too many operands in ",
+                  describe(*planned.node));
+  for (size_t i = 0; i < planned.node->inputs.size(); ++i) {
+    if (Node* in = planned.node->inputs[i]) step.in[i] = resolve(in, domain);
+  }
+  return step;
+}
+
+void Executor::compile() {
   segments_.clear();
+  steps_.clear();
   for (const PlannedStep& planned : plan_.steps) {
-    if (planned.node == nullptr) {
-      const Slot& from = plan_.slots[static_cast<size_t>(planned.from_slot)];
-      const Slot& to = plan_.slots[static_cast<size_t>(planned.to_slot)];
-      segments_.push_back({planned.backend, steps_.size(), steps_.size(),
-                           resolve(from.root, from.domain), resolve(to.root, to.domain)});
-      continue;
+    if (segments_.empty() || segments_.back().backend != planned.backend) {
+      segments_.push_back({planned.backend, steps_.size(), steps_.size(), nullptr});
     }
-    const Domain domain = workspace_->domain_of(planned.backend);
-    Step step;
-    step.node = planned.node;
-    step.out = resolve(const_cast<Node*>(planned.node), domain);
-    MLA_CHECK_SHAPE(planned.node->inputs.size() <= kMaxInputs, "executor: too many operands in ",
-                    describe(*planned.node));
-    for (size_t i = 0; i < planned.node->inputs.size(); ++i) {
-      if (Node* in = planned.node->inputs[i]) step.in[i] = resolve(in, domain);
-    }
-    const bool joins = !segments_.empty() && !segments_.back().is_copy() &&
-                       segments_.back().backend == planned.backend;
-    if (!joins) segments_.push_back({planned.backend, steps_.size(), steps_.size(), {}, {}});
-    steps_.push_back(step);
+    steps_.push_back(resolve(planned));
     segments_.back().end = steps_.size();
   }
-  bound_generation_ = workspace_->generation();
+  for (Segment& segment : segments_) {  // programs point into steps_, which stays as it is now
+    Backend& backend = *workspace_->backends()[static_cast<size_t>(segment.backend)];
+    segment.program =
+        backend.compile(std::span(steps_).subspan(segment.begin, segment.end - segment.begin),
+                        workspace_->scratch(segment.backend));
+  }
 }
 
 namespace {
@@ -129,16 +147,22 @@ void Executor::run(std::span<const InputData> inputs, const Checkpoint& checkpoi
   const uint64_t values = workspace_->next_values();
   fill(inputs);
   const auto& backends = workspace_->backends();
-  for (const Segment& segment : segments_) {
-    Backend& backend = *backends[static_cast<size_t>(segment.backend)];
-    if (segment.is_copy()) {
-      backend.copy(segment.copy_to, segment.copy_from);
-    } else {
-      backend.run(std::span(steps_).subspan(segment.begin, segment.end - segment.begin),
-                  workspace_->scratch(segment.backend), checkpoint);
+  const Segment* before = nullptr;
+  // What one backend has begun must be done before another reads it, or reuses its memory.
+  const auto settle = [&] {
+    if (before != nullptr) backends[static_cast<size_t>(before->backend)]->sync();
+  };
+  try {
+    for (const Segment& segment : segments_) {
+      settle();
+      before = &segment;
+      segment.program->run(checkpoint);
     }
+  } catch (...) {
+    settle();
+    throw;
   }
-  for (const auto& backend : backends) backend->sync();
+  settle();
   values_ = values;  // what an exception stops leaves none
 }
 
@@ -147,6 +171,9 @@ Tensor Executor::output(size_t i) const {
   MLA_CHECK(DeviceError, values_ == workspace_->values(), "output ", i,
             ": its values are not there: ",
             values_ == 0 ? "nothing has run yet" : "the workspace has been used since");
+  const Node* root = root_of(outputs_[i]).node;
+  MLA_CHECK(UnsupportedError, root->home == nullptr, "output ", i, ": a state in the memory of a ",
+            "device cannot be read here");
   return resolve(outputs_[i], kHost);
 }
 

@@ -34,14 +34,15 @@ class Executor {
   const Workspace& workspace() const { return *workspace_; }
 
  private:
-  struct Segment {  // consecutive steps on one backend, or one copy
+  struct Segment {  // consecutive steps on one backend, copies to and from it included
     int backend;
     size_t begin, end;  // into steps_
-    Tensor copy_from, copy_to;
-    bool is_copy() const { return begin == end; }
+    std::unique_ptr<Program> program;
   };
   void bind();
   Tensor resolve(Node* node, Domain domain) const;
+  Step resolve(const PlannedStep& planned) const;
+  void compile();
   void copy_constants();
   void fill(std::span<const InputData> inputs);
 
@@ -54,7 +55,7 @@ class Executor {
   std::vector<Node*> outputs_;
   std::vector<std::vector<int>> slot_of_;  // [domain][node id] -> slot, -1: none
   // Of each device: its copies of weights, by the weight.
-  std::vector<std::unordered_map<const Node*, std::shared_ptr<std::byte>>> constants_;
+  std::vector<std::unordered_map<const Node*, Buffer>> constants_;
   uint64_t bound_generation_ = ~uint64_t{0};
   uint64_t values_ = 0;  // those of the last run
 };

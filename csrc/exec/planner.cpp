@@ -12,11 +12,14 @@ constexpr int64_t kAlignment = 64;  // a cache line: no two values share one
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-bool touches_state(const Node& node) {
+// Whether all state that the node touches lies in this domain: it is never copied.
+bool reaches_state(const Node& node, const Workspace& workspace, Domain domain) {
   for (Node* in : node.inputs) {
-    if (in != nullptr && root_of(in).node->op == Op::state) return true;
+    const Node* root = in != nullptr ? root_of(in).node : nullptr;
+    if (root == nullptr || root->op != Op::state) continue;
+    if (workspace.domain_of_home(root->home) != domain) return false;
   }
-  return false;
+  return true;
 }
 
 class Planner {
@@ -47,14 +50,24 @@ class Planner {
 
   int choose_backend(const Node& node) const {
     const auto& backends = workspace_.backends();
-    std::string tried;
     for (size_t i = 0; i < backends.size(); ++i) {
-      // State lives in host memory: only a backend that uses it in place may touch it.
-      const bool reaches = backends[i]->shares_host_memory() || !touches_state(node);
-      if (reaches && backends[i]->supports_op(node)) return static_cast<int>(i);
-      tried += concat(i ? ", " : "", backends[i]->name());
+      if (backends[i]->name() == node.device && can_run(node, i)) return static_cast<int>(i);
     }
-    throw UnsupportedError(concat("no backend (", tried, ") supports ", describe(node)));
+    for (size_t i = 0; i < backends.size(); ++i) {
+      if (can_run(node, i)) return static_cast<int>(i);
+    }
+    std::string why;
+    for (size_t i = 0; i < backends.size(); ++i) {
+      const bool supported = backends[i]->supports_op(node);
+      why += concat(i ? "; " : "", backends[i]->name(), ": ",
+                    supported ? "its state lies elsewhere" : backends[i]->refusal(node));
+    }
+    throw UnsupportedError(concat("no backend supports ", describe(node), " (", why, ")"));
+  }
+
+  bool can_run(const Node& node, size_t i) const {
+    const Domain domain = workspace_.domain_of(static_cast<int>(i));
+    return reaches_state(node, workspace_, domain) && workspace_.backends()[i]->supports_op(node);
   }
 
   void plan_node(Node* node) {

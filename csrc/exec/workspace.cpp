@@ -36,7 +36,12 @@ void Workspace::reserve(Domain domain, size_t arena_bytes) {
   ++generation_;
   next_values();
   arena = {};  // release first: both need not exist at once
-  arena = owner(domain).alloc(wanted, {});
+  if (domain == kHost) {
+    for (const auto& backend : backends_) {
+      if (arena.size_bytes == 0) arena = backend->alloc_host(wanted);
+    }
+  }
+  if (arena.size_bytes == 0) arena = owner(domain).alloc(wanted, {});
 }
 
 void Workspace::reserve_scratch(int backend, size_t bytes) {
@@ -47,21 +52,23 @@ void Workspace::reserve_scratch(int backend, size_t bytes) {
   scratch = backends_[static_cast<size_t>(backend)]->alloc(bytes, {});
 }
 
-std::shared_ptr<std::byte> Workspace::constant(Domain domain, const Tensor& host) {
+Buffer Workspace::constant(Domain domain, const Tensor& host) {
   const Key key = {domain, host.data, host.format, host.shape.extent, host.stride};
   if (const auto found = constants_.find(key); found != constants_.end()) {
-    if (auto alive = found->second.lock()) return alive;
+    if (auto alive = found->second.data.lock()) return {alive, found->second.size_bytes};
   }
-  std::erase_if(constants_, [](const auto& entry) { return entry.second.expired(); });
-  const auto n_bytes = static_cast<size_t>(std::max<int64_t>(host.span_bytes(), 1));
-  Buffer buffer = owner(domain).alloc(n_bytes, {});
-  Tensor once = host;  // what a stride of 0 repeats is there once
-  for (int i = 0; i < kMaxRank; ++i) {
-    if (once.stride[i] == 0) once.shape.extent[i] = std::min<int64_t>(once.shape.extent[i], 1);
+  std::erase_if(constants_, [](const auto& entry) { return entry.second.data.expired(); });
+  Buffer buffer = owner(domain).upload(host);
+  constants_[key] = {buffer.data, buffer.size_bytes};
+  return buffer;
+}
+
+Domain Workspace::domain_of_home(const void* home) const {
+  if (home == nullptr) return kHost;
+  for (size_t i = 0; i < backends_.size(); ++i) {
+    if (backends_[i].get() == home) return domain_[i];
   }
-  owner(domain).copy(Tensor(once, buffer.data.get() - host.low_bytes()), once);
-  constants_[key] = buffer.data;
-  return buffer.data;
+  throw UnsupportedError("workspace: a state lies in the memory of a backend that is not here");
 }
 
 }  // namespace mla

@@ -56,10 +56,13 @@ class Workspace {
   uint64_t next_values() { return ++values_; }
   uint64_t values() const { return values_; }
 
-  // A copy in `domain` of the bytes that `host` spans, from the lowest on. Executors share it and
-  // keep it alive: it goes with the last of them, because then the host memory may go as well and
-  // other weights take its place. Weights only: the copy never changes.
-  std::shared_ptr<std::byte> constant(Domain domain, const Tensor& host);
+  // What the owner of `domain` made of constant host memory. Executors, and whoever else asked,
+  // share it and keep it alive: it goes with the last of them, because then the host memory may go
+  // as well and other weights take its place.
+  Buffer constant(Domain domain, const Tensor& host);
+
+  // Where memory of this home (see Node::home) lies; throws UnsupportedError where it is foreign.
+  Domain domain_of_home(const void* home) const;
 
  private:
   std::vector<std::shared_ptr<Backend>> backends_;
@@ -69,7 +72,11 @@ class Workspace {
   std::vector<Buffer> scratch_;
   using Extents = std::array<int64_t, kMaxRank>;
   using Key = std::tuple<Domain, const std::byte*, Format, Extents, Extents>;
-  std::map<Key, std::weak_ptr<std::byte>> constants_;
+  struct Constant {
+    std::weak_ptr<std::byte> data;
+    size_t size_bytes;
+  };
+  std::map<Key, Constant> constants_;
   std::atomic_flag busy_;
   uint64_t generation_ = 0;
   uint64_t values_ = 0;

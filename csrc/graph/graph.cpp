@@ -63,9 +63,10 @@ Node* Graph::weight(std::string name, const Tensor& tensor) {
   return adopt(std::move(node));
 }
 
-Node* Graph::state(std::string name, const Tensor& tensor) {
+Node* Graph::state(std::string name, const Tensor& tensor, const void* home) {
   Node* node = weight(std::move(name), tensor);
   node->op = Op::state;
+  node->home = home;
   return node;
 }
 
@@ -89,6 +90,7 @@ Node* Graph::add_node(Op op, const Layout& layout, std::vector<Node*> inputs, At
   node->layout = layout;
   node->inputs = std::move(inputs);
   node->attrs = std::move(attrs);
+  node->device = device_;
   return adopt(std::move(node));
 }
 

@@ -13,13 +13,16 @@ class Graph {
  public:
   Node* input(std::string name, Format format, const Shape& shape);
   Node* weight(std::string name, const Tensor& tensor);
-  Node* state(std::string name, const Tensor& tensor);
+  Node* state(std::string name, const Tensor& tensor, const void* home = nullptr);
   void output(Node* node);  // kept readable after a run; may be called several times
 
   // The only way a computing or view node comes to be; builders in graph/ops call it. Throws
   // ShapeError for operands of another graph.
   Node* add_node(Op op, const Layout& layout, std::vector<Node*> inputs, Attrs attrs = {});
   Node* add_view(Node* of, const Layout& layout, int64_t offset_bytes);
+
+  // Nodes from now on are computed there if that backend can: see Node::device.
+  void place_on(std::string device) { device_ = std::move(device); }
 
   const std::vector<std::unique_ptr<Node>>& nodes() const { return nodes_; }
   const std::vector<Node*>& outputs() const { return outputs_; }
@@ -29,6 +32,7 @@ class Graph {
   void check_own(const Node* node) const;
   std::vector<std::unique_ptr<Node>> nodes_;
   std::vector<Node*> outputs_;
+  std::string device_;
 };
 
 }  // namespace mla

@@ -73,6 +73,8 @@ struct Node {
   std::vector<Node*> inputs;  // nullptr where an optional operand is absent
   Attrs attrs;
   std::byte* constant = nullptr;  // Op::weight and Op::state: memory that exists before the run
+  const void* home = nullptr;     // Op::state: the backend whose memory that is; null: the host
+  std::string device;             // name of the backend that should compute it; "": the first
   Node* source = nullptr;         // Op::view: whose memory this is ...
   int64_t offset_bytes = 0;       // ... and where in it
 

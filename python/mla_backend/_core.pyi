@@ -8,7 +8,22 @@ import numpy
 import numpy.typing
 import typing
 import typing_extensions
-__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Workspace', 'available_isas', 'available_memory_bytes', 'compiled_isas', 'copy_cells', 'dequantize', 'formats', 'is_network_fs', 'quantize', 'requantize', 'rotate_rope', 'usable_cpus', 'usable_physical_cores']
+__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'DeviceMemory', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Uploaded', 'Workspace', 'available_isas', 'available_memory_bytes', 'compiled_isas', 'copy_cells', 'dequantize', 'formats', 'is_network_fs', 'quantize', 'read_rows', 'requantize', 'rotate_rope', 'usable_cpus', 'usable_physical_cores', 'write_rows']
+class DeviceMemory:
+    """
+    Memory of a backend, zeroed.
+    """
+    def __init__(self, backend: ..., n_bytes: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Raises MemoryLimitError.
+        """
+    def tensor(self, format: str, shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], strides_bytes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] | None = None, offset_bytes: typing.SupportsInt | typing.SupportsIndex = 0) -> ...:
+        """
+        A tensor in it, with the rules of Tensor. Only graphs on its backend can use it.
+        """
+    @property
+    def n_bytes(self) -> int:
+        ...
 class Tensor:
     """
     A strided view over the memory of a buffer, which it keeps alive.
@@ -71,14 +86,20 @@ class Graph:
         ...
     def matmul_indexed(self, x: Node, w: Node, ids: Node, weights: Node | None = None, residual: Node | None = None, precision: str = 'fast') -> Node:
         ...
-    def mla_attention(self, q_nope: Node, q_rope: Node, cache_latent: Node, cache_rope: Node, k_b: Node, v_b: Node, spans: Node, block_table: Node, scale: typing.SupportsFloat | typing.SupportsIndex, k_b_transposed: bool = False, block_cells: typing.SupportsInt | typing.SupportsIndex = 64, precision: str = 'fast') -> Node:
-        ...
+    def mla_attention(self, q_nope: Node, q_rope: Node, cache_latent: Node, cache_rope: Node, k_b: Node, v_b: Node, spans: Node, block_table: Node, scale: typing.SupportsFloat | typing.SupportsIndex, k_b_transposed: bool = False, block_cells: typing.SupportsInt | typing.SupportsIndex = 64, precision: str = 'fast', contraction: str = 'any') -> Node:
+        """
+        contraction: which of them the spans may ask for, any, absorbed or expanded.
+        """
     def output(self, x: Node) -> None:
         """
         Keeps x readable after a run; outputs are numbered in the order of these calls.
         """
     def permute(self, x: Node, axes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> Node:
         ...
+    def place_on(self, device: str) -> None:
+        """
+        Nodes from now on are computed by the backend of this name where it can; "": by the first of the workspace that can.
+        """
     def reshape(self, x: Node, shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> Node:
         ...
     def rms_norm(self, x: Node, weight: Node | None = None, eps: typing.SupportsFloat | typing.SupportsIndex = 9.999999974752427e-07) -> Node:
@@ -126,10 +147,21 @@ class Backend:
     """
     Where nodes can run.
     """
+    def free_bytes(self) -> int:
+        """
+        Free memory of its own; 0 where it has none.
+        """
+    def refusal(self, node: Node) -> str:
+        """
+        Why the node cannot run here; "" where it can.
+        """
     def supports_op(self, node: Node) -> bool:
         ...
     @property
     def name(self) -> str:
+        ...
+    @property
+    def shares_host_memory(self) -> bool:
         ...
 class CpuBackend(Backend):
     def __init__(self, pool: ThreadPool, isa: str = '') -> None:
@@ -164,12 +196,23 @@ class CancelToken:
     @property
     def cancelled(self) -> bool:
         ...
+class Uploaded:
+    """
+    A weight in the memory of a device.
+    """
+    @property
+    def n_bytes(self) -> int:
+        ...
 class Workspace:
     """
     Memory shared by the executors of one model, which run one at a time.
     """
     def __init__(self, backends: collections.abc.Sequence[Backend]) -> None:
         ...
+    def upload(self, backend: Backend, tensor: Tensor) -> Uploaded:
+        """
+        A weight as the backend's kernels read it. Executors use it as long as the handle lives. Raises MemoryLimitError.
+        """
     @property
     def n_bytes(self) -> int:
         ...
@@ -265,6 +308,10 @@ def quantize(x: numpy.typing.NDArray[numpy.float32], format: str, importance: nu
     """
     float32 [rows, k], C-contiguous -> uint8 [rows, row_bytes], the same bytes on every machine. importance: float32 [k], how much the squared error of each column counts. 0 threads: one per core. Raises FormatError for numbers that the format cannot hold and for importance that is negative or not finite, ShapeError where k is no multiple of the block.
     """
+def read_rows(plane: ..., cells: typing.Annotated[numpy.typing.ArrayLike, numpy.int32]) -> numpy.typing.NDArray[numpy.uint8]:
+    """
+    Rows of a plane [cells, width] in a DeviceMemory -> uint8 [len(cells), row bytes].
+    """
 def requantize(data: numpy.typing.NDArray[numpy.uint8], source: str, k: typing.SupportsInt | typing.SupportsIndex, target: str, importance: numpy.typing.NDArray[numpy.float32] | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.typing.NDArray[numpy.uint8]:
     """
     uint8 [rows, row_bytes] in the format `source` -> uint8 [rows, row_bytes] in `target`: quantize(dequantize(data)) without the floats between.
@@ -281,3 +328,5 @@ def usable_physical_cores(root: str = '') -> int:
     """
     Physical cores in the affinity mask, no more than the cgroup's CPU quota.
     """
+def write_rows(plane: ..., cells: typing.Annotated[numpy.typing.ArrayLike, numpy.int32], rows: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8]) -> None:
+    ...

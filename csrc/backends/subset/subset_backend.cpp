@@ -1,5 +1,7 @@
 #include "backends/subset/subset_backend.h"
 
+#include <algorithm>
+
 namespace mla {
 
 SubsetBackend::SubsetBackend(std::shared_ptr<Backend> inner, std::set<std::string> ops)
@@ -12,7 +14,7 @@ bool SubsetBackend::supports_op(const Node& node) const {
 void SubsetBackend::run(std::span<const Step> steps, const Buffer& scratch,
                         const Checkpoint& checkpoint) {
   inner_->run(steps, scratch, checkpoint);
-  n_steps_ += static_cast<int64_t>(steps.size());
+  n_steps_ += std::ranges::count_if(steps, [](const Step& s) { return s.node != nullptr; });
 }
 
 }  // namespace mla

@@ -1,0 +1,24 @@
+// Steps that are recorded once they run a second time, and replayed as one graph from then on.
+#pragma once
+
+#include "backends/cuda/cuda_backend.h"
+
+namespace mla::cuda {
+
+class CudaProgram final : public Program {
+ public:
+  CudaProgram(CudaBackend& backend, std::span<const Step> steps, Buffer scratch)
+      : backend_(backend), steps_(steps), scratch_(std::move(scratch)) {}
+  void run(const Checkpoint& checkpoint) override;
+
+ private:
+  void record();
+
+  CudaBackend& backend_;
+  std::span<const Step> steps_;
+  Buffer scratch_;
+  RecordedGraph graph_;
+  int n_runs_ = 0;
+};
+
+}  // namespace mla::cuda
