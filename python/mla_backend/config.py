@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final, Literal
 
 from .config_keys import ARCHITECTURE, Keys
@@ -21,7 +22,8 @@ GroupScore = Literal["max", "top2_sum"]
 
 # Far above any model, low enough that a damaged count does not make endless lists of weights.
 _MAX_LAYERS = 4096
-_GATING: dict[int, Gating] = {1: "softmax", 2: "sigmoid"}
+#: ``expert_gating_func`` of files.
+GATING_CODES: Final[Mapping[Gating, int]] = MappingProxyType({"softmax": 1, "sigmoid": 2})
 # The models' own code uses this epsilon for the norms of both latents, whatever the file says.
 _LATENT_RMS_EPS = 1e-6
 
@@ -373,8 +375,9 @@ def _gating(keys: Keys, has_bias: bool) -> Gating:
     if found == 0:
         return "sigmoid" if has_bias else "softmax"
     problem = f"expert_gating_func: found {found}; accepted: 1 (softmax), 2 (sigmoid)"
-    keys.require(found in _GATING, problem)
-    return _GATING.get(found, "softmax")
+    names = {code: name for name, code in GATING_CODES.items()}
+    keys.require(found in names, problem)
+    return names.get(found, "softmax")
 
 
 def _check_moe(keys: Keys, moe: MoeConfig) -> None:

@@ -112,7 +112,7 @@ ARROWS = {
     "sampling": set(),
     "convert": {"config", "gguf", "formats", "_core"},
     "quantize": {"convert", "gguf", "formats", "_core"},
-    "synth": {"convert", "gguf", "formats", "_core"},
+    "synth": {"convert", "config", "gguf", "formats", "_core"},
     "gguf": {"formats"},
     "formats": {"_core"},
     "errors": set(),

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from mla_backend import _core
 
+from ..config import Layout
 from ..errors import UsageError
 from ..gguf.writer import NewTensor
 from .checkpoint import Checkpoint, listed, open_checkpoint, raise_all
@@ -19,7 +20,7 @@ from .hf_config import HfConfig, read_config
 from .hf_tokenizer import read_tokenizer
 from .metadata import metadata
 from .mixes import Mix, MixFacts, mix_named, tensor_format
-from .names import Layout, Target, declare, has_layer, is_left_out
+from .names import Target, declare, has_layer, is_left_out
 from .output import OutputPlan, Progress, identity_of, plan_output, write_output
 from .pieces import Piece, Recipe, cut, make
 from .safetensors import StoredTensor

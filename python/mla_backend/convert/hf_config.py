@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Any, Final
 
+from ..config import Gating, Scaling
 from .fields import Fields
-
-Gating = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class HfRope:
     """
 
     theta: float
-    scaling: Literal["none", "linear", "yarn"] = "none"
+    scaling: Scaling = "none"
     factor: float = 1.0
     original_context: int = 0
     beta_fast: float | None = None

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from ..config import GATING_CODES, Layout
 from ..config_keys import ARCHITECTURE
 from ..gguf import Value
 from ..gguf.types import QUANTIZATION_VERSION
@@ -24,10 +25,9 @@ from .checkpoint import read_json
 from .hf_config import HfConfig
 from .mixes import Mix
 from .model_card import card_keys
-from .names import Layout, Target
+from .names import Target
 from .naming import ModelName, name_of_directory, parse_name, size_label
 
-_GATING: Final = {"softmax": 1, "sigmoid": 2}
 #: Recommended sampling of generation_config.json -> key and type.
 _SAMPLING: Final[Mapping[str, tuple[str, type]]] = {
     "top_k": ("top_k", np.int32),
@@ -170,7 +170,7 @@ def _experts(config: HfConfig) -> Entries:
         "expert_used_count": moe.n_expert_used,
         "expert_group_count": moe.n_group,
         "expert_group_used_count": moe.n_group_used,
-        "expert_gating_func": _GATING[moe.gating],
+        "expert_gating_func": GATING_CODES[moe.gating],
         "expert_feed_forward_length": moe.d_ff,
         "expert_shared_count": moe.n_expert_shared,
         "expert_weights_scale": moe.weights_scale,

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from ..config import Layout
 from .hf_config import HfConfig
 
-Layout = Literal["split", "legacy"]
 #: How a tensor is made: rows as they are, experts one after another, or a half of kv_b.
 Transform = Literal["rows", "stack", "k_b", "v_b"]
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from mla_backend import _core
 
-from ..config import ModelConfig, config_from_gguf
+from ..config import GATING_CODES, ModelConfig, config_from_gguf
 from ..config_keys import ARCHITECTURE
 from ..errors import ModelError, UsageError
 from ..formats import by_name
@@ -34,7 +34,6 @@ _KV_B: Final = ".attn_kv_b.weight"
 K_B_FORMATS: Final = ("Q8_0", "F16", "BF16", "F32")
 #: Bytes of a copied piece.
 _COPY_BYTES: Final = 16 << 20
-_GATING: Final = {"softmax": 1, "sigmoid": 2}
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ def _metadata(file: GGUFFile, config: ModelConfig) -> Mapping[str, Value | np.ge
         for key, value in {"attention.head_count_kv": 1, **lengths}.items()
     }
     if config.moe is not None:  # old files left it to the reader to guess
-        changes[f"{ARCHITECTURE}.expert_gating_func"] = _GATING[config.moe.gating]
+        changes[f"{ARCHITECTURE}.expert_gating_func"] = GATING_CODES[config.moe.gating]
     return copied_metadata(file) | changes
 
 

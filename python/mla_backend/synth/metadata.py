@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..config import GATING_CODES, Layout
 from ..convert.mixes import Mix
 from ..gguf.types import QUANTIZATION_VERSION, Value
 from .shapes import ModelShape
-from .tensors import Layout
 from .vocabulary import Vocabulary
-
-_GATING = {"softmax": 1, "sigmoid": 2}
 
 
 def metadata(
@@ -79,7 +77,7 @@ def _experts(s: ModelShape, layout: Layout) -> dict[str, Value]:
     if s.normalize:
         keys["expert_weights_norm"] = True
     if layout == "split" or s.gating == "sigmoid":
-        keys["expert_gating_func"] = _GATING[s.gating]
+        keys["expert_gating_func"] = GATING_CODES[s.gating]
     if layout == "split":
         keys["expert_group_count"] = s.n_group
         keys["expert_group_used_count"] = s.n_group_used

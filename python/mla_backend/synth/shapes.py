@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
+from ..config import Gating
 from ..errors import UsageError
 
 
@@ -57,7 +58,7 @@ class ModelShape:
     nope: int = 128
     rope: int = 64
     value: int = 128
-    gating: Literal["softmax", "sigmoid"] = "softmax"
+    gating: Gating = "softmax"
     n_group: int = 1
     n_group_used: int = 1
     normalize: bool = False

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from ..config import Layout
 from ..convert.mixes import Mix, MixFacts, tensor_format
 from .shapes import ModelShape
 
@@ -14,8 +14,6 @@ from .shapes import ModelShape
 _LOGIT_STD = 2.5
 #: Deviation of the selection bias: it tips near ties between experts and starves none.
 _BIAS_STD = 0.05
-
-Layout = Literal["split", "legacy"]
 
 
 @dataclass(frozen=True)

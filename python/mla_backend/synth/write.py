@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config import Layout
 from ..convert.mixes import mix_named
 from ..errors import UsageError
 from ..gguf.types import Value
 from ..gguf.writer import Chunk, NewTensor, shard_keys, shard_path, write_gguf
 from .metadata import metadata
 from .shapes import ModelShape, shape_named
-from .tensors import Layout, Plan, plan_tensors, split_kv_b
+from .tensors import Plan, plan_tensors, split_kv_b
 from .vocabulary import make_vocabulary
 from .weights import WeightSource
 
