@@ -101,6 +101,17 @@ def test_columns_without_importance_keep_their_size(name: str) -> None:
     assert mean_squared_error(got, x, importance) <= plain
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [0.5, -0.7])
+def test_runs_of_one_number_agree_on_their_scale(name: str, value: float) -> None:
+    """All candidates meet them, so that nothing but the order decides which scales are found."""
+    x = np.full((8, N_COLUMNS), value, np.float32)
+    importance = importances()["spread"]
+    for weights in (None, importance):
+        got = round_trip(x, name, weights)
+        assert mean_squared_error(got, x, weights) < 2e-7 * value**2
+
+
 @pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
 def test_refuses_importance_that_is_none(value: float) -> None:
     importance = np.ones(256, np.float32)

@@ -4,12 +4,13 @@
 //   affine formats     x ~ d * s * q - dmin * m  (small blocks: x ~ d * q + m)
 //
 // All minimize sum(importance * (x - decoded)^2): scales of runs are searched over candidates and
-// improved by least squares (encode_fit.inc.h), then made into blocks (encode_blocks.inc.h). Levels
-// are chosen under the rounded scales, so their rounding costs as little as can be.
+// improved by least squares (encode_fit.inc.h), then made into blocks (encode_blocks.inc.h,
+// encode_affine.inc.h). Levels are chosen under the rounded scales, so their rounding costs as
+// little as can be.
 //
 // Sixteen runs are encoded at once, lane by lane, and this file is compiled without contraction of
 // products: the bytes are the same on every ISA.
-#include "backends/cpu/kernels/encode_blocks.inc.h"
+#include "backends/cpu/kernels/encode_affine.inc.h"
 #include "backends/cpu/kernels/encode_pack.inc.h"
 
 namespace mla::cpu::MLA_ISA {
@@ -30,9 +31,9 @@ struct Encoder<block::Q8_0> : SmallSymmetric<SignedBytes> {};
 template <>
 struct Encoder<block::IQ4_NL> : SmallSymmetric<Iq4Levels> {};
 template <>
-struct Encoder<block::Q4_1> : SmallAffine<15, Grid{3, 5}, Grid{25, 3}> {};
+struct Encoder<block::Q4_1> : SmallAffine<15, Grid{1, 0}, Grid{25, 3}> {};
 template <>
-struct Encoder<block::Q5_1> : SmallAffine<31, Grid{3, 8}, Grid{25, 4}> {};
+struct Encoder<block::Q5_1> : SmallAffine<31, Grid{2, 8}, Grid{25, 4}> {};
 template <>
 struct Encoder<block::Q3_K> : SuperSymmetric<Integers<-4, Grid{9, 3}, Grid{15, 2}>, 16, -32> {};
 template <>
@@ -53,7 +54,7 @@ bool encode_rows(const EncodeRun& run) noexcept {
   alignas(64) static constexpr float kAbsent[N] = {};
   Block* out = reinterpret_cast<Block*>(run.out);
   for (int64_t first = 0; first < run.n; first += kRuns * N) {
-    Runs<N, kWeighted> runs;
+    Runs<N, E::kGroups, kWeighted> runs;
     const float* x[kRuns];
     const float* importance[kRuns];
     for (int g = 0; g < kRuns; ++g) {
@@ -64,7 +65,7 @@ bool encode_rows(const EncodeRun& run) noexcept {
     to_lanes<N>(x, runs.x);
     if constexpr (kWeighted) to_lanes<N>(importance, runs.importance);
     Coded<N> coded;
-    if (!normalize<E::kGroups>(runs) || !E::encode(runs, coded)) return false;
+    if (!normalize(runs) || !E::encode(runs, coded)) return false;
     for (int g = 0; g < kRuns && first + g * N < run.n; g += E::kGroups) {
       pack({coded.q + g * N, coded.s + g, coded.m + g, coded.d[g], coded.dmin[g]}, *out++);
     }

@@ -8,10 +8,12 @@ namespace mla::cpu::MLA_ISA {
 namespace {
 
 // Sixteen runs of N elements. They are scaled by a power of two per block, which brings the widest
-// near 1: squares neither overflow nor vanish, whatever the weights' magnitude.
-template <int N, bool kWeighted>
+// near 1: squares neither overflow nor vanish, whatever the weights' magnitude. kGroups of them
+// make a block.
+template <int N, int kGroups, bool kWeighted>
 struct Runs {
   static constexpr int kElems = N;
+  static constexpr int kPerBlock = kGroups;
   static constexpr bool kHasImportance = kWeighted;
   Lanes x[N];
   Lanes importance[kWeighted ? N : 1];
@@ -37,6 +39,16 @@ struct Grid {
   constexpr float stretch(int i) const { return 0.1f * static_cast<float>(tenths * (i - n / 2)); }
 };
 
+// In a super-block the next candidate counts as better where it explains more by a small part of
+// what as many levels leave over, and by more than sums are rounded. Else chance would choose among
+// equals, as in runs of one number, and the runs would want scales that no common multiple meets.
+template <class R>
+constexpr float better_by(int n_levels) {
+  if (R::kPerBlock == 1) return 1;
+  const float part = 0x1p-9f / static_cast<float>(n_levels * n_levels);
+  return 1 + (part > 0x1p-20f ? part : 0x1p-20f);
+}
+
 // ---- levels of symmetric formats ----------------------------------------------------------------
 // x ~ scale * level. target<kWeighted>(i): where the number of largest magnitude may lie.
 
@@ -44,6 +56,7 @@ struct Grid {
 // goes to the lowest level, and the scale may be negative.
 template <int kLowest, Grid kPlain, Grid kImportant>
 struct Integers {
+  static constexpr int kCount = -2 * kLowest;
   template <bool kWeighted>
   static constexpr int candidates() {
     return kWeighted ? kImportant.n : kPlain.n;
@@ -62,6 +75,7 @@ struct Integers {
 
 // At 8 bits a search gains nothing that could be measured. -128 stays unused, as kernels expect.
 struct SignedBytes {
+  static constexpr int kCount = 255;
   template <bool kWeighted>
   static constexpr int candidates() {
     return 0;
@@ -73,6 +87,7 @@ struct SignedBytes {
 // block::kIq4Levels: the largest magnitude goes near the lowest level or near the highest.
 struct Iq4Levels {
   static constexpr int kPerSide = 8;
+  static constexpr int kCount = 16;
   template <bool kWeighted>
   static constexpr int candidates() {
     return 2 * kPerSide;
@@ -106,8 +121,8 @@ struct ScaleSums {
   Lanes xl, ll;  // x * level, level^2
 
   // The part of sum(x^2) that the best scale for these levels explains is xl^2 / ll.
-  MLA_INLINE void keep_better(const ScaleSums& other) {
-    const Lanes mine = xl * xl * other.ll;
+  MLA_INLINE void keep_better(const ScaleSums& other, float by = 1) {
+    const Lanes mine = xl * xl * other.ll * every(by);
     const Lanes theirs = other.xl * other.xl * ll;
     xl = where_larger(theirs, mine, other.xl, xl);
     ll = where_larger(theirs, mine, other.ll, ll);
@@ -149,7 +164,7 @@ inline ScaleSums fit_scale(const R& runs, int n_refinements) {
     ScaleSums best = {every(0.0f), every(1.0f)};
     for (int i = 0; i < Levels::template candidates<kWeighted>(); ++i) {
       const Lanes target = every(Levels::template target<kWeighted>(i));
-      best.keep_better(scale_sums<Levels>(runs, target * per_widest));
+      best.keep_better(scale_sums<Levels>(runs, target * per_widest), better_by<R>(Levels::kCount));
     }
     for (int i = 0; i < n_refinements; ++i) {
       best.keep_better(scale_sums<Levels>(runs, inverse(best.scale())));
@@ -177,10 +192,11 @@ struct AffineChoice {
   Affine found;
   Lanes gain;  // how much of sum(y^2) it explains
 
-  MLA_INLINE void keep_better(const AffineChoice& other) {
-    found.scale = where_larger(other.gain, gain, other.found.scale, found.scale);
-    found.min = where_larger(other.gain, gain, other.found.min, found.min);
-    gain = larger(gain, other.gain);
+  MLA_INLINE void keep_better(const AffineChoice& other, float by = 1) {
+    const Lanes mine = gain * every(by);
+    found.scale = where_larger(other.gain, mine, other.found.scale, found.scale);
+    found.min = where_larger(other.gain, mine, other.found.min, found.min);
+    gain = where_larger(other.gain, mine, other.gain, gain);
   }
 };
 
@@ -236,7 +252,8 @@ inline Affine fit_affine(const R& runs, int n_refinements) {
   for (int i = 0; i < kGrid.n; ++i) {
     const Lanes per_scale = every(kHighest + kGrid.stretch(i)) * per_range;
     best.keep_better(
-        solve<kNegativeMin>(frame, affine_sums<kHighest>(runs, frame.low, frame.low, per_scale)));
+        solve<kNegativeMin>(frame, affine_sums<kHighest>(runs, frame.low, frame.low, per_scale)),
+        better_by<R>(kHighest + 1));
   }
   for (int i = 0; i < n_refinements; ++i) {
     const Lanes per_scale = inverse(best.found.scale);
