@@ -98,7 +98,7 @@ def test_synth(cli: Cli, tmp_path: Path) -> None:
     again = cli("synth", "tiny-v2", out)
     assert again.status == 2
     assert "--force" in again.err
-    assert cli("synth", "tiny-v2", out, "--force").status == 0
+    assert cli("synth", "--shape", "tiny-v2", out, "--force").status == 0
 
 
 def test_synth_cannot_write(cli: Cli, tmp_path: Path) -> None:

@@ -39,6 +39,9 @@ USAGE_ERRORS = [
     (["run", "a.gguf", "-p", "x", "--session", "no/such/place"], "there is no directory"),
     (["synth", "tiny"], "OUT"),
     (["synth", "v9", "out.gguf"], "tiny-v2"),
+    (["synth", "--shape", "v9", "out.gguf"], "tiny-v2"),
+    (["synth", "--shape", "tiny-v2", "tiny-v3", "out.gguf"], "--shape SHAPE OUT"),
+    (["synth", "--shape", "tiny-v2"], "OUT"),
 ]
 
 

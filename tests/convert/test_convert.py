@@ -262,6 +262,14 @@ def test_prediction_layer(tmp_path: Path) -> None:
     )
 
 
+def test_layers_that_nobody_promised(tmp_path: Path) -> None:
+    source = checkpoint(n_nextn=1)
+    del source.config["num_nextn_predict_layers"]
+    plan = plan_conversion(source.write(tmp_path / "hf"), tmp_path / "o")
+    assert plan.n_nextn == 0
+    assert plan.notes[0].startswith(f"layers from {LAYERS} on are left out")
+
+
 @pytest.mark.parametrize("how", ["left out", "lacking"])
 def test_without_prediction_layer(tmp_path: Path, how: str) -> None:
     source = checkpoint(n_nextn=1)

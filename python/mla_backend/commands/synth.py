@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UsageError
 from .console import Console, write_json, write_stdout
 from .options import ConsoleOptions, JsonOptions, Layout
 
@@ -16,10 +17,19 @@ from .options import ConsoleOptions, JsonOptions, Layout
 class SynthOptions:
     """Which model to make."""
 
-    shape: Annotated[
-        str, typer.Argument(metavar="SHAPE", help="tiny-v2, tiny-v3, v2-lite, v3 and others.")
+    places: Annotated[
+        list[Path],
+        typer.Argument(metavar="[SHAPE] OUT", help="A shape, unless --shape has it, and a file."),
     ]
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="GGUF file to write.")]
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            "--shape",
+            metavar="SHAPE",
+            show_default=False,
+            help="tiny-v2, tiny-v3, v2-lite, v3 and others.",
+        ),
+    ] = None
     type: Annotated[
         str, typer.Option("--type", metavar="TYPE", help="File type, such as q4_k_m or bf16.")
     ] = "q4_k_m"
@@ -39,20 +49,28 @@ class SynthOptions:
     ] = None
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False
 
+    def shape_and_out(self) -> tuple[str, Path]:
+        """The name of the shape, from either place, and the file."""
+        before = [] if self.shape is None else [self.shape]
+        found = [*before, *map(str, self.places)]
+        if len(found) != 2:
+            raise UsageError(
+                f"found {' '.join(found)!r}; accepted: --shape SHAPE OUT, or SHAPE OUT"
+            )
+        return found[0], Path(found[1])
+
 
 def synth(options: SynthOptions, output: JsonOptions, console: ConsoleOptions) -> None:
     """Write a model of random weights: real shapes, meaningless text."""
-    from ..errors import UsageError
     from ..synth import shape_named, write_model
 
-    if options.out.exists() and not options.force:
-        raise UsageError(f"{options.out} exists; --force replaces it")
-    shape = shape_named(
-        options.shape, layers=options.layers, experts=options.experts, vocab=options.vocab
-    )
+    name, out = options.shape_and_out()
+    if out.exists() and not options.force:
+        raise UsageError(f"{out} exists; --force replaces it")
+    shape = shape_named(name, layers=options.layers, experts=options.experts, vocab=options.vocab)
     printer = Console(console, as_json=output.as_json)
     paths = write_model(
-        options.out,
+        out,
         shape,
         type=options.type,
         layout=options.layout.value,

@@ -196,6 +196,11 @@ class _Planner:
         """Prediction layers to keep: all that the configuration promises, or none."""
         config, names = self._config, set(self._checkpoint.tensors)
         if not config.n_layer_nextn:
+            if has_layer(config, names, config.n_layer):
+                self._notes.append(
+                    f"layers from {config.n_layer} on are left out: config.json states no "
+                    "num_nextn_predict_layers"
+                )
             return 0
         if not has_layer(config, names, config.n_layer):
             self._notes.append("the checkpoint lacks its prediction layer (MTP): none is written")
