@@ -107,7 +107,8 @@ inline unsigned __umulhi(unsigned x, unsigned y) {
   return static_cast<unsigned>((uint64_t{x} * y) >> 32);
 }
 inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) {
-  return static_cast<unsigned long long>((static_cast<unsigned __int128>(x) * y) >> 64);
+  __extension__ using Wide = unsigned __int128;
+  return static_cast<unsigned long long>((static_cast<Wide>(x) * y) >> 64);
 }
 inline int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 4; ++i)
