@@ -189,5 +189,10 @@ def test_what_is_wrong_with_a_command_line(cli: Cli, tmp_path: Path) -> None:  #
     assert (short.status, "of one chunk" in short.err) == (2, True)
     both = cli("perplexity", model, text, "--save-logits", "a", "--kl-divergence", "b")
     assert both.status == 2
+    over = cli("perplexity", model, text, "-c", "16", "--save-logits", text)
+    assert (over.status, "holds no log-probabilities" in over.err) == (2, True)
+    other = small_model("tiny-v3", "q8_0")  # its special tokens stand elsewhere
+    foreign = cli("perplexity", model, text, "-c", "16", "--kl-divergence", other)
+    assert (foreign.status, "accepted: equal vocabularies" in foreign.err) == (2, True)
     absent = cli("perplexity", model, tmp_path / "none.txt")
     assert (absent.status, "none.txt: No such file" in absent.err) == (1, True)

@@ -166,6 +166,20 @@ def compare(
     return _summary(join(parts))
 
 
+def check_vocabulary(model: Model, base: Model) -> None:
+    """Raise UsageError where ids mean other tokens to the base: its text would be another one."""
+    key = "tokenizer.ggml.tokens"
+    ours, theirs = model.file.metadata.get(key), base.file.metadata.get(key)
+    if not isinstance(ours, tuple) or not isinstance(theirs, tuple) or ours == theirs:
+        return
+    if len(ours) != len(theirs):
+        found = f"a vocabulary of {len(theirs)} tokens, the model one of {len(ours)}"
+    else:
+        at = next(i for i, pair in enumerate(zip(ours, theirs, strict=True)) if len(set(pair)) > 1)
+        found = f"token {at} as {theirs[at]!r}, the model as {ours[at]!r}"
+    raise UsageError(f"the reference has {found}; accepted: equal vocabularies")
+
+
 def _summary(tokens: Divergence) -> Comparison:
     percentiles = np.percentile(tokens.kl, PERCENTILES)
     return Comparison(

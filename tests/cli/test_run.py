@@ -212,6 +212,22 @@ def test_closed_pipe_is_quiet(tiny: Path) -> None:
     assert done.stderr == b""
 
 
+def test_ctrl_c_keeps_the_session(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.session"
+    arguments = ["run", tiny, "-p", "x", "--temp", "2", "--top-k", "0", "--min-p", "0"]
+    arguments += ["--top-p", "1", "-c", "8192", "--session", path]
+    command = [sys.executable, "-m", "mla_backend", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        running.stdout.read(10)
+        running.send_signal(signal.SIGINT)
+        running.communicate(timeout=60)
+    assert running.returncode in (130, 0)
+    again = cli(*arguments, "-n", 1)
+    assert again.status == 0
+    assert "reused" in again.err
+
+
 def test_ctrl_c(tiny: Path) -> None:
     command = [sys.executable, "-m", "mla_backend", "run", tiny, "-p", "x", "--temp", "2"]
     command += ["--top-k", "0", "--min-p", "0", "--top-p", "1", "-c", "8192"]

@@ -72,3 +72,9 @@ def test_what_is_quantized_needs_permission(tmp_path: Path, capfd: Capture) -> N
     assert status == 2
     assert "--allow-requantize" in said
     assert run(capfd, once, twice, "q4_k_m", "--allow-requantize")[0] == 0
+
+
+def test_devices_are_not_replaced(capfd: Capture) -> None:
+    status, _, said = run(capfd, model("tied"), "/dev/null", "q8_0", "--force")
+    assert status == 2
+    assert "no ordinary file" in said

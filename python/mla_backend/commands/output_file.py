@@ -65,8 +65,9 @@ def check_new(paths: Sequence[Path], *, force: bool) -> None:
     for path in paths:
         if not path.parent.is_dir():
             raise UsageError(f"{path.parent} is no directory; accepted: one that exists")
-        if path.is_dir():
-            raise UsageError(f"{path} is a directory; accepted: the name of a file")
+        if path.exists() and not path.is_file():
+            kind = "a directory" if path.is_dir() else "no ordinary file"
+            raise UsageError(f"{path} is {kind}; accepted: the name of a file")
         if path.exists() and not force:
             raise UsageError(f"{path} exists; --force replaces it")
 

@@ -58,7 +58,7 @@ def perplexity(
 
     if options.kl_divergence is not None and options.save_logits is not None:
         raise UsageError("--save-logits is for the reference itself, without --kl-divergence")
-    check_place(options.save_logits)
+    _check_target(options.save_logits)
     text = read_text(options.text)
     console = Console(console_options, as_json=output.as_json)
     with ExitStack() as stack:
@@ -80,6 +80,15 @@ def perplexity(
         write_stdout("".join(f"{line}\n" for line in _lines(result, chunks)))
 
 
+def _check_target(path: Path | None) -> None:
+    """Logits replace logits, but no model and no text."""
+    from ..logits_file import is_logits_file
+
+    check_place(path)
+    if path is not None and path.exists() and not (path.is_file() and is_logits_file(path)):
+        raise UsageError(f"{path} exists and holds no log-probabilities; accepted: a new name")
+
+
 def _reference(
     path: Path,
     model: Model,
@@ -91,11 +100,12 @@ def _reference(
 ) -> Reference:
     """The file's logits, or those of a second model, which the stack closes."""
     from ..logits_file import LogitsFile, is_logits_file
-    from ..perplexity import ModelLogits, SavedLogits
+    from ..perplexity import ModelLogits, SavedLogits, check_vocabulary
 
     if path.is_file() and is_logits_file(path):
         return SavedLogits(LogitsFile(path), chunks, model.config.n_vocab)
     base = stack.enter_context(load_model(path, chunking, model_options, console))
+    check_vocabulary(model, base)
     return stack.enter_context(ModelLogits(base, chunks))
 
 

@@ -51,8 +51,8 @@ class RunOptions:
             "--session",
             metavar="FILE",
             readable=False,
-            help="Keep what was computed: read FILE if it exists, and write it afterwards. "
-            "A prompt that begins alike goes on from there.",
+            help="Keep what was computed: read FILE if it exists, and write it afterwards, "
+            "after Ctrl-C too. A prompt that begins alike goes on from there.",
         ),
     ] = None
     logprobs: Annotated[
@@ -99,10 +99,13 @@ def run(
                 for chunk in stream:
                     chunks.append(chunk)
                     console.answer(chunk.text)
+        except KeyboardInterrupt:
+            console.end_answer()
+            _save_session(model, options.session, console)  # the next run goes on from here
+            raise
         finally:
             console.end_answer()
-        if options.session is not None:
-            model.save_session(options.session)
+        _save_session(model, options.session, console)
         if output.as_json:
             facts = model_facts(model, context, model_options)
             write_json(_result(model, chunks, options.logprobs) | {"model": facts})
@@ -116,6 +119,12 @@ def _load_session(model: Model, path: Path | None, console: Console) -> None:
     if path is not None and path.exists():
         model.load_session(path)
         console.detail(f"session: read {path}")
+
+
+def _save_session(model: Model, path: Path | None, console: Console) -> None:
+    if path is not None:
+        model.save_session(path)
+        console.detail(f"session: wrote {path}")
 
 
 def _result(model: Model, chunks: list[Chunk], logprobs: int | None) -> dict[str, object]:
