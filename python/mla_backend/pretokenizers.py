@@ -124,6 +124,15 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType(
                 + _BLANKS,
             ),
         ),
+        "youtu": PreTokenizer(
+            (
+                "[\uac00-\ud7a3\u3131-\u318e]+"
+                "|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+"
+                "|[\u3105-\u312f]+|[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+                _camel_words("", _CLITICS + "?") + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _BLANKS,
+            ),
+            ignore_merges=True,
+        ),
         "gpt-2": _GPT2,
         "gigachat": _GPT2,
     }
