@@ -149,18 +149,23 @@ ExpandedArgs expanded_args(const AttentionArgs& a, const ExpandedMemory& m) {
 }
 
 template <class D>
+void attend_round(const CudaRun& run, ExpandedArgs args, int round) {
+  args.round = round;
+  const int64_t n_items = int64_t{args.plan.max_tiles} * args.h;
+  const auto n_blocks = static_cast<unsigned>(std::min<int64_t>(n_items, 2 * run.device.n_sm));
+  launch(run, attend_expanded<D>, dim3(n_blocks), dim3(kExpandedThreads),
+         expanded_smem_bytes<D>(args.dim), args);
+}
+
+template <class D>
 void run_rounds(const CudaRun& run, const AttentionArgs& a, size_t max_cell_bytes) {
   const ExpandedMemory m = carve(a, D::kRows, max_cell_bytes, run.scratch);
   launch(run, plan_expanded, dim3(1), dim3(kPlanThreads), 0, a, m.plan);
   load_weights(run, a, m);
-  ExpandedArgs args = expanded_args(a, m);
-  const int64_t n_items = int64_t{m.plan.max_tiles} * a.h;
-  const auto n_blocks = static_cast<unsigned>(std::min<int64_t>(n_items, 2 * run.device.n_sm));
+  const ExpandedArgs args = expanded_args(a, m);
   for (int i = 0; i < m.plan.n_rounds; ++i) {
     expand(run, a, m, i);
-    args.round = i;
-    launch(run, attend_expanded<D>, dim3(n_blocks), dim3(kExpandedThreads),
-           expanded_smem_bytes<D>(args.dim), args);
+    attend_round<D>(run, args, i);
   }
 }
 
