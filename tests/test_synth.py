@@ -158,6 +158,8 @@ def test_shape_overrides() -> None:
     assert (cut.n_expert, cut.n_expert_used, cut.n_group, cut.n_group_used) == (16, 8, 8, 4)
     odd = shape_named("v3", experts=9)
     assert (odd.n_group, odd.n_group_used, odd.n_expert_used) == (1, 1, 8)
+    few = shape_named("v3", experts=8)  # one a group would have no second best to be judged by
+    assert (few.n_group, few.n_group_used, few.n_expert_used) == (1, 1, 8)
     dense = shape_named("v2-lite", layers=3, experts=0)
     assert (dense.n_expert, dense.n_layer_dense) == (0, 3)
 

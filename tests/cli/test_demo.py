@@ -22,6 +22,11 @@ def test_size_and_shape() -> None:
     assert config.rope.scaling == "yarn"
 
 
+def test_its_license_lies_beside_it() -> None:
+    notice = bundled_model().with_name("NOTICE.md").read_text()
+    assert "Python Software Foundation License Version 2" in notice
+
+
 def test_it_has_learned_python() -> None:
     """Bits per byte on source it was not trained on stay far below those of a compressor."""
     text = (

@@ -217,9 +217,11 @@ def check_disk(path: Path, n_bytes: int) -> None:
     """Raise OSError (ENOSPC) unless the disk of ``path`` has room for ``n_bytes`` and a reserve."""
     free = shutil.disk_usage(path.absolute().parent).free
     if n_bytes + _DISK_RESERVE_BYTES > free:
+        needed, reserve = n_bytes / 1e6, _DISK_RESERVE_BYTES / 1e6
         raise OSError(
             errno.ENOSPC,
-            f"needs {n_bytes / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free",
+            f"needs {needed:,.1f} MB and {reserve:,.0f} MB to spare, but its disk has "
+            f"{free / 1e6:,.1f} MB free",
             str(path),
         )
 

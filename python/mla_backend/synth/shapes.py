@@ -133,7 +133,8 @@ def _with_experts(shape: ModelShape, experts: int) -> ModelShape:
         return replace(
             shape, n_expert=0, n_expert_used=0, n_expert_shared=0, n_layer_dense=shape.n_layer
         )
-    groups = shape.n_group if experts % shape.n_group == 0 else 1
+    # Groups are chosen by the scores of their two best experts.
+    groups = shape.n_group if experts % shape.n_group == 0 and experts >= 2 * shape.n_group else 1
     groups_used = min(shape.n_group_used, groups)
     used = min(shape.n_expert_used, experts // groups * groups_used)
     return replace(
