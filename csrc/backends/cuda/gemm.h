@@ -59,7 +59,8 @@ struct GroupedGemm {
   int n_rows = 0;  // T * A: positions in the order
   int n = 0, k = 0;
   int first_expert = 0, n_experts = 0;
-  const int* offsets = nullptr;       // [experts of the model + 1]
+  int n_model_experts = 0;            // all experts
+  const int* offsets = nullptr;       // [n_model_experts + 1]
   const int* sorted_pairs = nullptr;  // [n_rows]: the pair p = t * A + a at each position
   // Position i reads row sorted_pairs[i] / pairs_per_row of a: A where a holds one row per token,
   // 1 where it holds one per pair. 0: row i, that is, a is in the order itself.
