@@ -39,9 +39,11 @@ struct AttentionArgs {
 AttentionArgs attention_args(const Node& node, const Step* step);  // without a step: no memory
 inline AttentionArgs attention_args(const Step& step) { return attention_args(*step.node, &step); }
 
-// attention_exact.cu: float32 throughout, every cache format and stride, both contractions.
+// attention_exact.cu: float32 throughout, every cache format and stride. spans: those to compute;
+// where they are not the expanded ones alone, tokens in no span become zeros as well.
+bool exact_fits(const Node& node, const DeviceInfo& device);
 size_t exact_scratch_bytes(const Node& node);
-void attention_exact(const Step& step, const CudaRun& run);
+void attention_exact(const Step& step, const CudaRun& run, Contraction spans);
 
 // attention_absorbed.cu: the spans that are not `expanded`; zeros where a token is in no span.
 bool absorbed_fits(const Node& node, const DeviceInfo& device);

@@ -1,6 +1,10 @@
 // Attention over the latent cache: see graph/ops.h for the operands, attention.h for the ways.
+#include <algorithm>
+
 #include "backends/cuda/attention.h"
+#include "backends/cuda/attention_expanded.h"
 #include "backends/cuda/kernels/attention_common.cuh"
+#include "backends/cuda/ops/ops.h"
 #include "backends/cuda/packed.h"
 
 namespace mla::cuda {
@@ -46,7 +50,7 @@ AttentionArgs attention_args(const Node& node, const Step* step) {
 
 namespace {
 
-std::string_view refusal(const Node& node, const DeviceInfo&) {
+std::string_view refusal(const Node& node, const DeviceInfo& device) {
   for (size_t i : {size_t{2}, size_t{3}, size_t{6}, size_t{7}}) {
     if (!node.input(i)->layout.rows_are_contiguous()) return "rows of the cache are scattered";
   }
@@ -57,20 +61,34 @@ std::string_view refusal(const Node& node, const DeviceInfo&) {
       return "rows of k_b or v_b are scattered";
     }
   }
+  if (!exact_fits(node, device)) return "a cell of all parts exceeds the shared memory";
   return "";
 }
 
-bool runs_fast(const Node& node, const DeviceInfo& device) {
-  return node.attr<AttentionAttrs>().precision == Precision::fast && absorbed_fits(node, device);
+// What each contraction of the node runs as, and whether it can occur at all.
+struct Ways {
+  bool absorbed, absorbed_fast, expanded, expanded_fast;
+};
+Ways ways(const Node& node, const DeviceInfo& device) {
+  const auto& attrs = node.attr<AttentionAttrs>();
+  const bool fast = attrs.precision == Precision::fast;
+  return {attrs.contraction != Contraction::expanded, fast && absorbed_fits(node, device),
+          attrs.contraction != Contraction::absorbed, fast && expanded_fits(node, device)};
+}
+// Both exact: one pass over all spans.
+bool all_exact(const Ways& w) {
+  return !(w.absorbed && w.absorbed_fast) && !(w.expanded && w.expanded_fast);
 }
 
 size_t scratch_bytes(const Node& node, const DeviceInfo& device) {
-  if (!runs_fast(node, device)) return exact_scratch_bytes(node);
-  const Contraction contraction = node.attr<AttentionAttrs>().contraction;
+  const Ways w = ways(node, device);
   size_t bytes = 0;
-  if (contraction != Contraction::expanded) bytes = absorbed_scratch_bytes(node, device);
-  if (contraction != Contraction::absorbed) {
-    bytes = std::max(bytes, expanded_scratch_bytes(node, device));
+  if (w.absorbed) {
+    bytes = w.absorbed_fast ? absorbed_scratch_bytes(node, device) : exact_scratch_bytes(node);
+  }
+  if (w.expanded) {
+    bytes = std::max(
+        bytes, w.expanded_fast ? expanded_scratch_bytes(node, device) : exact_scratch_bytes(node));
   }
   return bytes;
 }
@@ -87,15 +105,19 @@ __global__ void __launch_bounds__(128) zero_idle_tokens(AttentionArgs a) {
 
 void run_mla_attention(const Step& step, const CudaRun& run) {
   if (step.out.shape.n_elems() == 0) return;
-  if (!runs_fast(*step.node, run.device)) return attention_exact(step, run);
-  const Contraction contraction = step.node->attr<AttentionAttrs>().contraction;
-  if (contraction != Contraction::expanded) {
-    attention_absorbed(step, run);
+  const Ways w = ways(*step.node, run.device);
+  if (all_exact(w)) return attention_exact(step, run, Contraction::any);
+  if (w.absorbed) {
+    w.absorbed_fast ? attention_absorbed(step, run)
+                    : attention_exact(step, run, Contraction::absorbed);
   } else {
     const AttentionArgs a = attention_args(step);
     launch(run, zero_idle_tokens, dim3(static_cast<unsigned>(a.t)), dim3(128), 0, a);
   }
-  if (contraction != Contraction::absorbed) attention_expanded(step, run);
+  if (w.expanded) {
+    w.expanded_fast ? attention_expanded(step, run)
+                    : attention_exact(step, run, Contraction::expanded);
+  }
 }
 
 }  // namespace

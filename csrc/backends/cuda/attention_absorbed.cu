@@ -1,0 +1,159 @@
+// Absorbed attention: which variants a node needs, its scratch, and its launches.
+#include "backends/cuda/attention_absorbed.h"
+
+#include <algorithm>
+
+#include "backends/cuda/kernels/attention_absorbed.cuh"
+
+namespace mla::cuda {
+namespace {
+
+// Query rows that go through at a time: 38 MB of queries and as much of results, at any T.
+constexpr int kWindowRows = 32768;
+// A span of at most two tokens of 16 heads is read twice rather than computed in tiles of which
+// half would be empty.
+constexpr int kNarrowRows = 32;
+
+int64_t align_256(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+bool is_bf16(const AttentionArgs& a) { return a.latent.format == Format::BF16; }
+bool is_q8(const AttentionArgs& a) { return a.latent.format == Format::Q8_0; }
+
+int latent_bytes(const AttentionArgs& a) { return is_q8(a) ? a.c / 32 * kQ8Bytes : 2 * a.c; }
+
+// The most stages that fit; -1 where none does.
+int stages_that_fit(int rows, bool q8, const DeviceInfo& device) {
+  for (int n_stages = q8 ? 1 : 2; n_stages >= (q8 ? 0 : 1); --n_stages) {
+    const int bytes = absorbed_smem_bytes(rows, q8, n_stages);
+    if (static_cast<size_t>(bytes) <= device.smem_per_block) return n_stages;
+  }
+  return -1;
+}
+
+AbsorbedVariant make_variant(const AttentionArgs& a, const DeviceInfo& device, int rows) {
+  AbsorbedVariant v = {};
+  v.rows = rows;
+  v.n_stages = stages_that_fit(rows, is_q8(a), device);
+  v.fold = rows == 64 && a.h % 64 == 0 ? std::min(a.h / 64, device.n_sm) : 1;
+  v.fold = std::max(v.fold, 1);
+  v.n_blocks = std::max(device.n_sm / v.fold, 1);
+  return v;
+}
+
+// Units of a window at most, whatever its spans.
+int most_units(const AttentionArgs& a, const AbsorbedVariant& v, int n_tokens) {
+  const int64_t by_token = int64_t{n_tokens} * divide_up(a.h, v.unit_rows());
+  const int64_t by_span = int64_t{n_tokens} * a.h / v.unit_rows() + std::min(a.n_spans, n_tokens);
+  return static_cast<int>(std::min(by_token, by_span));
+}
+
+// Hands out scratch in pieces of 256 bytes; without memory it only counts.
+struct Pieces {
+  std::byte* base;
+  int64_t used = 0;
+
+  template <class P>
+  P* take(int64_t n) {
+    std::byte* at = base != nullptr ? base + used : nullptr;
+    used += align_256(n * int64_t{sizeof(P)});
+    return reinterpret_cast<P*>(at);
+  }
+};
+
+void place(const AttentionArgs& a, AbsorbedPlan& plan, Pieces& pieces) {
+  const int n_tokens = absorbed_window(a);
+  plan.q = pieces.take<std::byte>(int64_t{n_tokens} * a.h * kKeyDims * 2);
+  plan.totals = pieces.take<WorkTotals>(kVariants);
+  plan.entries = pieces.take<WorkEntry>(int64_t{kVariants} * a.n_spans);
+  plan.token_entry = pieces.take<int>(n_tokens);
+  for (AbsorbedVariant& v : plan.variants) {
+    if (v.n_blocks == 0) continue;
+    const int64_t slots = int64_t{most_units(a, v, n_tokens) + v.n_blocks} * v.fold;
+    v.parts = pieces.take<std::byte>(slots * v.rows * kLatentDims * 2);
+    v.lse = pieces.take<float>(slots * v.rows);
+  }
+}
+
+bool begins_at(const void* p, int64_t stride, int bytes) {
+  return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0 && stride % bytes == 0;
+}
+bool copies_16(const AttentionArgs& a) {
+  return begins_at(a.latent.data, a.latent.cell_bytes, 16) && latent_bytes(a) % 16 == 0 &&
+         begins_at(a.rope.data, a.rope.cell_bytes, 16) && 2 * a.r % 16 == 0;
+}
+
+template <class T, bool kQ8>
+void attend(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& run) {
+  const auto run_variant = [&](auto kernel, const AbsorbedVariant& v) {
+    if (v.n_blocks == 0) return;
+    const dim3 grid(static_cast<unsigned>(v.n_blocks * v.fold));
+    const int smem = absorbed_smem_bytes(v.rows, kQ8, v.n_stages);
+    launch(run, kernel, grid, dim3(kTileThreads), static_cast<size_t>(smem), a, plan);
+  };
+  run_variant(absorbed_kernel<T, 16, kQ8>, plan.variants[kNarrow]);
+  run_variant(absorbed_kernel<T, 64, kQ8>, plan.variants[kWide]);
+}
+
+// Planes whose rows begin, and end, at multiples of 4 bytes: what the smallest copies need.
+bool plane_fits(const Node* plane, int row_bytes) {
+  return root_of(const_cast<Node*>(plane)).offset_bytes % 4 == 0 && row_bytes % 4 == 0 &&
+         plane->layout.stride[2] % 4 == 0;
+}
+
+}  // namespace
+
+int absorbed_window(const AttentionArgs& a) {
+  return std::clamp(kWindowRows / std::max(a.h, 1), 1, std::max(a.t, 1));
+}
+
+AbsorbedPlan absorbed_plan(const AttentionArgs& a, const DeviceInfo& device) {
+  AbsorbedPlan plan = {};
+  plan.variants[kNarrow] = make_variant(a, device, 16);
+  plan.variants[kWide] = make_variant(a, device, 64);
+  const bool has_wide = plan.variants[kWide].n_stages >= 0;
+  plan.widest_narrow = has_wide ? kNarrowRows : INT32_MAX;
+  // No span can have fewer rows than a token, or more than all tokens of a window.
+  if (a.h > plan.widest_narrow) plan.variants[kNarrow].n_blocks = 0;
+  if (int64_t{absorbed_window(a)} * a.h <= plan.widest_narrow) plan.variants[kWide].n_blocks = 0;
+  return plan;
+}
+
+bool absorbed_fits(const Node& node, const DeviceInfo& device) {
+  const AttentionArgs a = attention_args(node, nullptr);
+  const Format operand = is_bf16(a) ? Format::BF16 : Format::F16;
+  return a.latent.format != Format::F32 && a.rope.format == operand && a.r <= kRopeDims &&
+         products_fit(a) && plane_fits(node.input(2), latent_bytes(a)) &&
+         plane_fits(node.input(3), 2 * a.r) && stages_that_fit(16, is_q8(a), device) >= 0;
+}
+
+size_t absorbed_scratch_bytes(const Node& node, const DeviceInfo& device) {
+  const AttentionArgs a = attention_args(node, nullptr);
+  AbsorbedPlan plan = absorbed_plan(a, device);
+  Pieces pieces = {nullptr};
+  place(a, plan, pieces);
+  return static_cast<size_t>(pieces.used);
+}
+
+void attention_absorbed(const Step& step, const CudaRun& run) {
+  const AttentionArgs a = attention_args(step);
+  AbsorbedPlan plan = absorbed_plan(a, run.device);
+  Pieces pieces = {run.scratch};
+  place(a, plan, pieces);
+  plan.copies_16 = copies_16(a);
+  const int window = absorbed_window(a);
+  for (plan.first_token = 0; plan.first_token < a.t; plan.first_token += window) {
+    plan.end_token = std::min(plan.first_token + window, a.t);
+    launch_queries(a, plan, is_bf16(a), run);
+    if (is_q8(a)) {
+      attend<__half, true>(a, plan, run);
+    } else if (is_bf16(a)) {
+      attend<__nv_bfloat16, false>(a, plan, run);
+    } else {
+      attend<__half, false>(a, plan, run);
+    }
+    launch_values(a, plan, is_bf16(a), run);
+  }
+}
+
+}  // namespace mla::cuda
