@@ -2,10 +2,13 @@
 #include "backends/cuda/attention_expanded.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "backends/cuda/dequantize.h"
 #include "backends/cuda/gemm.h"
+#include "backends/cuda/gemm_wgmma.h"
 #include "backends/cuda/kernels/attention_expanded.cuh"
+#include "backends/cuda/kernels/expanded_warpgroups.cuh"
 
 namespace mla::cuda {
 namespace {
@@ -24,13 +27,23 @@ int padded_dim(const AttentionArgs& a) {
   return static_cast<int>(ceil_div(a.n + pad8(a.r), 16) * 16);
 }
 
+bool has_warpgroups(const DeviceInfo& device) {
+#ifdef MLA_CUDA_EMULATE
+  return device.capability() == 90;
+#else
+  return has_wgmma(device);
+#endif
+}
+
 // Calls use(D{}) with the dimensions that serve the node; false where none do.
 template <class Use>
 bool with_dims(const AttentionArgs& a, const DeviceInfo& device, const Use& use) {
   const int dim = padded_dim(a);
   const auto fits = [&](size_t bytes) { return bytes + kStaticSmemBytes <= device.smem_per_block; };
-  if (a.n == Usual::kNope && a.r == Usual::kRope && a.v == Usual::kValue &&
-      fits(expanded_smem_bytes<Usual>(dim))) {
+  const bool usual = a.n == Usual::kNope && a.r == Usual::kRope && a.v == Usual::kValue;
+  if (usual && has_warpgroups(device) && fits(warpgroups::kSmemBytes)) {
+    use(ExpandedWarpgroups{});
+  } else if (usual && fits(expanded_smem_bytes<Usual>(dim))) {
     use(Usual{});
   } else if (a.v <= Narrow::kValue && fits(expanded_smem_bytes<Narrow>(dim))) {
     use(Narrow{});
@@ -151,10 +164,16 @@ ExpandedArgs expanded_args(const AttentionArgs& a, const ExpandedMemory& m) {
 template <class D>
 void attend_round(const CudaRun& run, ExpandedArgs args, int round) {
   args.round = round;
+  constexpr bool kWarpgroups = std::is_same_v<D, ExpandedWarpgroups>;
   const int64_t n_items = int64_t{args.plan.max_tiles} * args.h;
-  const auto n_blocks = static_cast<unsigned>(std::min<int64_t>(n_items, 2 * run.device.n_sm));
-  launch(run, attend_expanded<D>, dim3(n_blocks), dim3(kExpandedThreads),
-         expanded_smem_bytes<D>(args.dim), args);
+  const int64_t resident = (kWarpgroups ? 1 : 2) * int64_t{run.device.n_sm};
+  const dim3 grid(static_cast<unsigned>(std::min(n_items, resident)));
+  if constexpr (kWarpgroups) {
+    launch(run, attend_warpgroups, grid, dim3(D::kThreads), warpgroups::kSmemBytes, args);
+  } else {
+    launch(run, attend_expanded<D>, grid, dim3(kExpandedThreads), expanded_smem_bytes<D>(args.dim),
+           args);
+  }
 }
 
 template <class D>

@@ -20,77 +20,146 @@
 // below 1e-6 of what the same f16 keys and values give.
 #pragma once
 
-#include "backends/cuda/kernels/expanded_steps.cuh"
+#include "backends/cuda/kernels/expanded_rows.cuh"
 
 namespace mla::cuda {
 
+template <class D>
+constexpr size_t expanded_smem_bytes(int dim) {
+  return static_cast<size_t>((D::kRows + D::kKeys) * expanded_row_bytes(dim) +
+                             D::kKeys * D::kValueBytes);
+}
+
+// ---- loads --------------------------------------------------------------------------------------
+// kKeys rows of n_pieces (kPieces, if that is known) 16-byte pieces.
+template <int kKeys, int kPieces>
+__device__ inline void load_columns(std::byte* tile, int row_bytes, int first_piece,
+                                    const __half* src, int64_t row_elems, int n_pieces) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if constexpr (kPieces > 0) {
+    // A thread's rows are a multiple of 8 apart, so their pieces lie in one column.
+    constexpr int kRowsApart = kExpandedThreads / kPieces;
+    static_assert(kRowsApart % 8 == 0);
+    const int row = thread / kPieces;
+    std::byte* to = tile + piece_at(row, first_piece + thread % kPieces, row_bytes);
+    const __half* from = src + row * row_elems + thread % kPieces * 8;
+#pragma unroll
+    for (int i = 0; i < kKeys / kRowsApart; ++i) {
+      cp_async16(to + i * kRowsApart * row_bytes, from);
+      from += kRowsApart * row_elems;
+    }
+  } else {
+    for (int i = thread; i < kKeys * n_pieces; i += kExpandedThreads) {
+      const int row = i / n_pieces;
+      const int piece = i - row * n_pieces;
+      cp_async16(tile + piece_at(row, first_piece + piece, row_bytes),
+                 src + row * row_elems + piece * 8);
+    }
+  }
+}
+
+template <class D>
+__device__ inline void load_keys(const ExpandedArgs& a, const ExpandedJob& job, int first,
+                                 std::byte* tile, int row_bytes) {
+  const int64_t row = job.row + first;
+  const int n_pieces = (D::kStatic ? D::kNope : a.n) / 8;
+  const __half* keys = a.keys + row * a.row_elems + int64_t{job.head} * n_pieces * 8;
+  load_columns<D::kKeys, D::kNope / 8>(tile, row_bytes, 0, keys, a.row_elems, n_pieces);
+  load_columns<D::kKeys, D::kRope / 8>(tile, row_bytes, n_pieces, a.rope + row * a.r_padded,
+                                       a.r_padded, a.r_padded / 8);
+  cp_async_commit();
+}
+
+template <class D>
+__device__ inline void load_values(const ExpandedArgs& a, const ExpandedJob& job, int first,
+                                   std::byte* tile) {
+  const int n_pieces = (D::kStatic ? D::kValue : a.v) / 8;
+  const __half* values =
+      a.values + (job.row + first) * a.row_elems + int64_t{job.head} * n_pieces * 8;
+  load_columns<D::kKeys, D::kStatic ? D::kValue / 8 : 0>(tile, D::kValueBytes, 0, values,
+                                                         a.row_elems, n_pieces);
+  cp_async_commit();
+}
+
+// What loads do not write of a row, but products read: the pieces up to a multiple of 16 numbers.
+template <class D>
+__device__ inline void clear_keys_values(std::byte* keys, int key_bytes, std::byte* values) {
+  const uint4 zero = {0, 0, 0, 0};
+  for (int i = threadIdx.x; i < D::kKeys * key_bytes / 16; i += kExpandedThreads) {
+    reinterpret_cast<uint4*>(keys)[i] = zero;
+  }
+  for (int i = threadIdx.x; i < D::kKeys * D::kValueBytes / 16; i += kExpandedThreads) {
+    reinterpret_cast<uint4*>(values)[i] = zero;
+  }
+}
+
+// ---- products ---------------------------------------------------------------------------------
+template <class D>
+__device__ inline void multiply_keys(const std::byte* q, const std::byte* k, int row_bytes,
+                                     int n_pairs, ExpandedScores<D>& s) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int m = 0; m < D::kMTiles; ++m) {
+#pragma unroll
+    for (int i = 0; i < D::kKeyTiles; ++i) s[m][i][0] = s[m][i][1] = s[m][i][2] = s[m][i][3] = 0.0f;
+  }
+  // Rows and columns that change from product to product are multiples of 8 and 2: what they add
+  // to a lane's first address are constants, but for the permutation.
+  const std::byte* q_lane = q + (warp_id() * D::kWarpRows + lane % 16) * row_bytes;
+  const std::byte* k_lane = k + (lane % 8 + lane / 16 * 8) * row_bytes;
+  const int q_piece = lane / 16 ^ lane % 8;
+  const int k_piece = lane / 8 % 2 ^ lane % 8;
+#pragma unroll
+  for (int pair = 0; pair < n_pairs; ++pair) {  // 16 dims: two pieces
+    uint32_t qa[D::kMTiles][4];
+#pragma unroll
+    for (int m = 0; m < D::kMTiles; ++m) {
+      ldmatrix_x4(qa[m], q_lane + 16 * m * row_bytes + ((2 * pair ^ q_piece) << 4));
+    }
+#pragma unroll
+    for (int i = 0; i < D::kKeyTiles; i += 2) {
+      uint32_t kb[4];
+      ldmatrix_x4(kb, k_lane + 8 * i * row_bytes + ((2 * pair ^ k_piece) << 4));
+#pragma unroll
+      for (int m = 0; m < D::kMTiles; ++m) {
+        mma_f16(s[m][i], qa[m], {kb[0], kb[1]});
+        mma_f16(s[m][i + 1], qa[m], {kb[2], kb[3]});
+      }
+    }
+  }
+}
+
+template <class D>
+__device__ inline void multiply_values(const std::byte* v, int n_value_tiles,
+                                       const ExpandedScores<D>& s, ExpandedRows<D>& rows) {
+  const int lane = lane_id();
+  const std::byte* v_lane = v + lane % 16 * D::kValueBytes;
+  const int v_piece = lane / 16 ^ lane % 8;
+#pragma unroll
+  for (int i = 0; i < D::kKeyTiles; i += 2) {  // 16 cells
+    uint32_t p[D::kMTiles][4];
+#pragma unroll
+    for (int m = 0; m < D::kMTiles; ++m) pack_weights(s[m][i], s[m][i + 1], p[m]);
+#pragma unroll
+    for (int c = 0; c < D::kValueTiles; c += 2) {
+      if (!D::kStatic && c >= n_value_tiles) break;
+      uint32_t vb[4];
+      ldmatrix_x4_trans(vb, v_lane + 8 * i * D::kValueBytes + ((c ^ v_piece) << 4));
+#pragma unroll
+      for (int m = 0; m < D::kMTiles; ++m) {
+        mma_f16(rows.o[m][c], p[m], {vb[0], vb[1]});
+        mma_f16(rows.o[m][c + 1], p[m], {vb[2], vb[3]});
+      }
+    }
+  }
+}
+
+// ---- the kernel -------------------------------------------------------------------------------
 // Shared memory of a block, in the order of expanded_smem_bytes().
 struct ExpandedTiles {
   std::byte *q, *k, *v;
   int row_bytes;  // of q and k
 };
-
-// Where a thread's rows lie: m-th 16 rows, lower (0) or upper (1) eight.
-template <class D>
-__device__ inline int tile_row(int m, int half) {
-  return warp_id() * D::kWarpRows + 16 * m + 8 * half + lane_id() / 4;
-}
-
-// Sums at zero, or as the round before left them.
-template <class D>
-__device__ inline void begin_rows(const ExpandedArgs& a, const ExpandedJob& job,
-                                  const float* row_scale, ExpandedRows<D>& rows) {
-  const bool resumes = job.begin > 0;
-  // Never 0: 0 times a masked score is no number.
-  const float scale = fmaxf(fabsf(a.scale) * 1.44269504f, 1e-30f);
-#pragma unroll
-  for (int m = 0; m < D::kMTiles; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = tile_row<D>(m, half);
-      const bool there = resumes && row < job.tile.n_rows;
-      const int64_t at = int64_t{job.tile.token + row} * a.h + job.head;
-      const float2 before = there ? a.running[at] : float2{kMinusInf, 0.0f};
-      rows.factor[m][half] = scale * row_scale[row];
-      rows.top[m][half] = before.x;
-      rows.sum[m][half] = lane_id() % 4 == 0 ? before.y : 0.0f;
-#pragma unroll
-      for (int i = 0; i < D::kValueTiles; ++i) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int column = 8 * i + lane_id() % 4 * 2 + j;
-          rows.o[m][i][2 * half + j] = there && column < a.v ? a.out[at * a.v + column] : 0.0f;
-        }
-      }
-    }
-  }
-}
-
-template <class D>
-__device__ inline void end_rows(const ExpandedArgs& a, const ExpandedJob& job,
-                                const ExpandedRows<D>& rows) {
-#pragma unroll
-  for (int m = 0; m < D::kMTiles; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sum = rows.sum[m][half];
-      sum += __shfl_xor_sync(kAllLanes, sum, 1);
-      sum += __shfl_xor_sync(kAllLanes, sum, 2);
-      const int row = tile_row<D>(m, half);
-      if (row >= job.tile.n_rows) continue;
-      const int64_t at = int64_t{job.tile.token + row} * a.h + job.head;
-      const float factor = job.is_last ? 1.0f / sum : 1.0f;
-      if (!job.is_last && lane_id() % 4 == 0) a.running[at] = {rows.top[m][half], sum};
-#pragma unroll
-      for (int i = 0; i < D::kValueTiles; ++i) {
-        const int column = 8 * i + lane_id() % 4 * 2;  // V is even, and so 8 bytes are aligned
-        if (!D::kStatic && column >= a.v) continue;
-        *reinterpret_cast<float2*>(a.out + at * a.v + column) = {
-            rows.o[m][i][2 * half] * factor, rows.o[m][i][2 * half + 1] * factor};
-      }
-    }
-  }
-}
 
 template <class D>
 __device__ inline void attend(const ExpandedArgs& a, const ExpandedJob& job,
@@ -102,7 +171,10 @@ __device__ inline void attend(const ExpandedArgs& a, const ExpandedJob& job,
   const int visible = job.tile.visible + first_row - job.begin;
   const int last_visible = visible + min(D::kWarpRows, job.tile.n_rows - first_row) - 1;
   load_keys<D>(a, job, 0, tiles.k, tiles.row_bytes);
-  load_queries<D>(a, job, tiles.q, tiles.row_bytes, row_scale);
+  const auto at = [&](int row, int piece) {
+    return tiles.q + piece_at(row, piece, tiles.row_bytes);
+  };
+  load_queries<D>(a, job, at, row_scale);
   ExpandedRows<D> rows;
   begin_rows<D>(a, job, row_scale, rows);
   for (int first = 0; first < n_cells; first += D::kKeys) {
@@ -121,7 +193,9 @@ __device__ inline void attend(const ExpandedArgs& a, const ExpandedJob& job,
     if (first + D::kKeys < n_cells)
       load_keys<D>(a, job, first + D::kKeys, tiles.k, tiles.row_bytes);
     if (!sees) continue;
-    softmax_step<D>(s, rows);
+    float rescale[D::kMTiles][2];
+    softmax_step<D>(s, rows, rescale);
+    rescale_rows<D>(rescale, rows);
     multiply_values<D>(tiles.v, a.v / 8, s, rows);
   }
   end_rows<D>(a, job, rows);

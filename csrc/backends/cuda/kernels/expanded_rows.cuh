@@ -1,5 +1,5 @@
-// One step of the expanded contraction: 64 cells come to shared memory, scores, softmax, values.
-// Formula, shapes, layout and error bound: attention_expanded.cuh, whose kernel these make up.
+// Rows of queries in the expanded contraction: what a block works at, queries, softmax, results.
+// Formula, shapes, layout and error bound: attention_expanded.cuh.
 #pragma once
 
 #include "backends/cuda/kernels/expanded_plan.cuh"
@@ -43,12 +43,6 @@ struct ExpandedDims {
   static constexpr int kValueBytes = expanded_row_bytes(kValue);
   static_assert(kGroupCells % kKeys == 0 && kKeys % 16 == 0);
 };
-template <class D>
-constexpr size_t expanded_smem_bytes(int dim) {
-  return static_cast<size_t>((D::kRows + D::kKeys) * expanded_row_bytes(dim) +
-                             D::kKeys * D::kValueBytes);
-}
-
 // What a block works at: a head of a tile, and the cells of its span that the round holds.
 struct ExpandedJob {
   ExpandedTile tile;
@@ -76,69 +70,7 @@ __device__ inline int piece_at(int row, int piece, int row_bytes) {
   return row * row_bytes + ((piece ^ (row & 7)) << 4);
 }
 
-// ---- loads --------------------------------------------------------------------------------------
-// kKeys rows of n_pieces (kPieces, if that is known) 16-byte pieces.
-template <int kKeys, int kPieces>
-__device__ inline void load_columns(std::byte* tile, int row_bytes, int first_piece,
-                                    const __half* src, int64_t row_elems, int n_pieces) {
-  const int thread = static_cast<int>(threadIdx.x);
-  if constexpr (kPieces > 0) {
-    // A thread's rows are a multiple of 8 apart, so their pieces lie in one column.
-    constexpr int kRowsApart = kExpandedThreads / kPieces;
-    static_assert(kRowsApart % 8 == 0);
-    const int row = thread / kPieces;
-    std::byte* to = tile + piece_at(row, first_piece + thread % kPieces, row_bytes);
-    const __half* from = src + row * row_elems + thread % kPieces * 8;
-#pragma unroll
-    for (int i = 0; i < kKeys / kRowsApart; ++i) {
-      cp_async16(to + i * kRowsApart * row_bytes, from);
-      from += kRowsApart * row_elems;
-    }
-  } else {
-    for (int i = thread; i < kKeys * n_pieces; i += kExpandedThreads) {
-      const int row = i / n_pieces;
-      const int piece = i - row * n_pieces;
-      cp_async16(tile + piece_at(row, first_piece + piece, row_bytes),
-                 src + row * row_elems + piece * 8);
-    }
-  }
-}
-
-template <class D>
-__device__ inline void load_keys(const ExpandedArgs& a, const ExpandedJob& job, int first,
-                                 std::byte* tile, int row_bytes) {
-  const int64_t row = job.row + first;
-  const int n_pieces = (D::kStatic ? D::kNope : a.n) / 8;
-  const __half* keys = a.keys + row * a.row_elems + int64_t{job.head} * n_pieces * 8;
-  load_columns<D::kKeys, D::kNope / 8>(tile, row_bytes, 0, keys, a.row_elems, n_pieces);
-  load_columns<D::kKeys, D::kRope / 8>(tile, row_bytes, n_pieces, a.rope + row * a.r_padded,
-                                       a.r_padded, a.r_padded / 8);
-  cp_async_commit();
-}
-
-template <class D>
-__device__ inline void load_values(const ExpandedArgs& a, const ExpandedJob& job, int first,
-                                   std::byte* tile) {
-  const int n_pieces = (D::kStatic ? D::kValue : a.v) / 8;
-  const __half* values =
-      a.values + (job.row + first) * a.row_elems + int64_t{job.head} * n_pieces * 8;
-  load_columns<D::kKeys, D::kStatic ? D::kValue / 8 : 0>(tile, D::kValueBytes, 0, values,
-                                                         a.row_elems, n_pieces);
-  cp_async_commit();
-}
-
-// What loads do not write of a row, but products read: the pieces up to a multiple of 16 numbers.
-template <class D>
-__device__ inline void clear_keys_values(std::byte* keys, int key_bytes, std::byte* values) {
-  const uint4 zero = {0, 0, 0, 0};
-  for (int i = threadIdx.x; i < D::kKeys * key_bytes / 16; i += kExpandedThreads) {
-    reinterpret_cast<uint4*>(keys)[i] = zero;
-  }
-  for (int i = threadIdx.x; i < D::kKeys * D::kValueBytes / 16; i += kExpandedThreads) {
-    reinterpret_cast<uint4*>(values)[i] = zero;
-  }
-}
-
+// ---- queries ------------------------------------------------------------------------------------
 // 2^-e with the largest magnitude in [2^e, 2^(e + 1)), and 2^e; ones where that is not finite.
 __device__ inline float2 power_scale(float largest) {
   const int exponent = (__float_as_int(largest) >> 23) & 255;
@@ -147,10 +79,11 @@ __device__ inline float2 power_scale(float largest) {
   return {__int_as_float(inverse << 23), __int_as_float((254 - inverse) << 23)};
 }
 
-// The warp's own queries, each times a power of two; what undoes it goes to row_scale.
-template <class D>
-__device__ inline void load_queries(const ExpandedArgs& a, const ExpandedJob& job, std::byte* q,
-                                    int row_bytes, float* row_scale) {
+// The warp's own queries, each times a power of two; what undoes it goes to row_scale. at(row,
+// piece): where 8 numbers of a query belong.
+template <class D, class At>
+__device__ inline void load_queries(const ExpandedArgs& a, const ExpandedJob& job, const At& at,
+                                    float* row_scale) {
   constexpr int kPerLane = D::kStatic ? (D::kNope + D::kRope) / 32 : kMaxExpandedDim / 32;
   constexpr int kTogether = 4;  // rows whose loads overlap
   const int lane = lane_id();
@@ -182,8 +115,8 @@ __device__ inline void load_queries(const ExpandedArgs& a, const ExpandedJob& jo
       for (int j = 0; j < kPerLane; ++j) {
         const int e = lane + 32 * j;
         if (e >= dim) continue;
-        std::byte* at = q + piece_at(first + i, e / 8, row_bytes) + e % 8 * 2;
-        *reinterpret_cast<__half*>(at) = __float2half_rn(x[i][j] * power.x * sign);
+        auto* to = reinterpret_cast<__half*>(at(first + i, e / 8)) + e % 8;
+        *to = __float2half_rn(x[i][j] * power.x * sign);
       }
     }
   }
@@ -195,7 +128,16 @@ __device__ inline uint32_t pack_halves(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&both);
 }
 
-// ---- one step -----------------------------------------------------------------------------------
+// Sums of 16 columns as an operand of the next product.
+__device__ inline void pack_weights(const float (&left)[4], const float (&right)[4],
+                                    uint32_t (&a)[4]) {
+  a[0] = pack_halves(left[0], left[1]);
+  a[1] = pack_halves(left[2], left[3]);
+  a[2] = pack_halves(right[0], right[1]);
+  a[3] = pack_halves(right[2], right[3]);
+}
+
+// ---- softmax -----------------------------------------------------------------------------------
 // A warp's rows, in fragments of m16n8k16: thread (g, q) = (lane / 4, lane % 4) holds rows g and
 // g + 8 of each 16, columns 2q and 2q + 1 of each 8.
 template <class D>
@@ -207,41 +149,6 @@ struct ExpandedRows {
 };
 template <class D>
 using ExpandedScores = float[D::kMTiles][D::kKeyTiles][4];
-
-template <class D>
-__device__ inline void multiply_keys(const std::byte* q, const std::byte* k, int row_bytes,
-                                     int n_pairs, ExpandedScores<D>& s) {
-  const int lane = lane_id();
-#pragma unroll
-  for (int m = 0; m < D::kMTiles; ++m) {
-#pragma unroll
-    for (int i = 0; i < D::kKeyTiles; ++i) s[m][i][0] = s[m][i][1] = s[m][i][2] = s[m][i][3] = 0.0f;
-  }
-  // Rows and columns that change from product to product are multiples of 8 and 2: what they add
-  // to a lane's first address are constants, but for the permutation.
-  const std::byte* q_lane = q + (warp_id() * D::kWarpRows + lane % 16) * row_bytes;
-  const std::byte* k_lane = k + (lane % 8 + lane / 16 * 8) * row_bytes;
-  const int q_piece = lane / 16 ^ lane % 8;
-  const int k_piece = lane / 8 % 2 ^ lane % 8;
-#pragma unroll
-  for (int pair = 0; pair < n_pairs; ++pair) {  // 16 dims: two pieces
-    uint32_t qa[D::kMTiles][4];
-#pragma unroll
-    for (int m = 0; m < D::kMTiles; ++m) {
-      ldmatrix_x4(qa[m], q_lane + 16 * m * row_bytes + ((2 * pair ^ q_piece) << 4));
-    }
-#pragma unroll
-    for (int i = 0; i < D::kKeyTiles; i += 2) {
-      uint32_t kb[4];
-      ldmatrix_x4(kb, k_lane + 8 * i * row_bytes + ((2 * pair ^ k_piece) << 4));
-#pragma unroll
-      for (int m = 0; m < D::kMTiles; ++m) {
-        mma_f16(s[m][i], qa[m], {kb[0], kb[1]});
-        mma_f16(s[m][i + 1], qa[m], {kb[2], kb[3]});
-      }
-    }
-  }
-}
 
 // Columns from `limit` of the warp's first row on are not visible; one more with each row.
 template <class D>
@@ -260,12 +167,13 @@ __device__ inline void mask_scores(int limit, ExpandedScores<D>& s) {
   }
 }
 
-// Scores become exponentials; the maximum, sum and O of each row follow.
+// Scores become exponentials; the maximum and the sum of each row follow. What O has to be
+// multiplied with is left in `rescale`.
 template <class D>
-__device__ inline void softmax_step(ExpandedScores<D>& s, ExpandedRows<D>& rows) {
+__device__ inline void softmax_step(ExpandedScores<D>& s, ExpandedRows<D>& rows,
+                                    float (&rescale)[D::kMTiles][2]) {
 #pragma unroll
   for (int m = 0; m < D::kMTiles; ++m) {
-    float rescale[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float top = kMinusInf;
@@ -277,9 +185,9 @@ __device__ inline void softmax_step(ExpandedScores<D>& s, ExpandedRows<D>& rows)
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
       const float factor = rows.factor[m][half];
       top = fmaxf(rows.top[m][half], top * factor);
-      rescale[half] = exp2_approx(rows.top[m][half] - top);
+      rescale[m][half] = exp2_approx(rows.top[m][half] - top);
       rows.top[m][half] = top;
-      float sum = rows.sum[m][half] * rescale[half];
+      float sum = rows.sum[m][half] * rescale[m][half];
 #pragma unroll
       for (int i = 0; i < D::kKeyTiles; ++i) {
 #pragma unroll
@@ -290,43 +198,82 @@ __device__ inline void softmax_step(ExpandedScores<D>& s, ExpandedRows<D>& rows)
       }
       rows.sum[m][half] = sum;
     }
+  }
+}
+
+template <class D>
+__device__ inline void rescale_rows(const float (&rescale)[D::kMTiles][2], ExpandedRows<D>& rows) {
+#pragma unroll
+  for (int m = 0; m < D::kMTiles; ++m) {
     // Soon no row meets a new maximum any more.
-    const bool same = rescale[0] == 1.0f && rescale[1] == 1.0f;
+    const bool same = rescale[m][0] == 1.0f && rescale[m][1] == 1.0f;
     if (__ballot_sync(kAllLanes, !same) == 0) continue;
 #pragma unroll
     for (int i = 0; i < D::kValueTiles; ++i) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) rows.o[m][i][j] *= rescale[j / 2];
+      for (int j = 0; j < 4; ++j) rows.o[m][i][j] *= rescale[m][j / 2];
+    }
+  }
+}
+
+// ---- begin and end ------------------------------------------------------------------------------
+// Where a thread's rows lie: m-th 16 rows, lower (0) or upper (1) eight.
+template <class D>
+__device__ inline int tile_row(int m, int half) {
+  return warp_id() * D::kWarpRows + 16 * m + 8 * half + lane_id() / 4;
+}
+
+// Sums at zero, or as the round before left them.
+template <class D>
+__device__ inline void begin_rows(const ExpandedArgs& a, const ExpandedJob& job,
+                                  const float* row_scale, ExpandedRows<D>& rows) {
+  const bool resumes = job.begin > 0;
+  // Never 0: 0 times a masked score is no number.
+  const float scale = fmaxf(fabsf(a.scale) * 1.44269504f, 1e-30f);
+#pragma unroll
+  for (int m = 0; m < D::kMTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = tile_row<D>(m, half);
+      const bool there = resumes && row < job.tile.n_rows;
+      const int64_t at = int64_t{job.tile.token + row} * a.h + job.head;
+      const float2 before = there ? a.running[at] : float2{kMinusInf, 0.0f};
+      rows.factor[m][half] = scale * row_scale[row];
+      rows.top[m][half] = before.x;
+      rows.sum[m][half] = lane_id() % 4 == 0 ? before.y : 0.0f;
+#pragma unroll
+      for (int i = 0; i < D::kValueTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int column = 8 * i + lane_id() % 4 * 2 + j;
+          rows.o[m][i][2 * half + j] = there && column < a.v ? a.out[at * a.v + column] : 0.0f;
+        }
+      }
     }
   }
 }
 
 template <class D>
-__device__ inline void multiply_values(const std::byte* v, int n_value_tiles,
-                                       const ExpandedScores<D>& s, ExpandedRows<D>& rows) {
-  const int lane = lane_id();
-  const std::byte* v_lane = v + lane % 16 * D::kValueBytes;
-  const int v_piece = lane / 16 ^ lane % 8;
+__device__ inline void end_rows(const ExpandedArgs& a, const ExpandedJob& job,
+                                const ExpandedRows<D>& rows) {
 #pragma unroll
-  for (int i = 0; i < D::kKeyTiles; i += 2) {  // 16 cells
-    uint32_t p[D::kMTiles][4];
+  for (int m = 0; m < D::kMTiles; ++m) {
 #pragma unroll
-    for (int m = 0; m < D::kMTiles; ++m) {
+    for (int half = 0; half < 2; ++half) {
+      float sum = rows.sum[m][half];
+      sum += __shfl_xor_sync(kAllLanes, sum, 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
+      const int row = tile_row<D>(m, half);
+      if (row >= job.tile.n_rows) continue;
+      const int64_t at = int64_t{job.tile.token + row} * a.h + job.head;
+      const float factor = job.is_last ? 1.0f / sum : 1.0f;
+      if (!job.is_last && lane_id() % 4 == 0) a.running[at] = {rows.top[m][half], sum};
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float* pair = &s[m][i + j / 2][j % 2 * 2];
-        p[m][j] = pack_halves(pair[0], pair[1]);
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < D::kValueTiles; c += 2) {
-      if (!D::kStatic && c >= n_value_tiles) break;
-      uint32_t vb[4];
-      ldmatrix_x4_trans(vb, v_lane + 8 * i * D::kValueBytes + ((c ^ v_piece) << 4));
-#pragma unroll
-      for (int m = 0; m < D::kMTiles; ++m) {
-        mma_f16(rows.o[m][c], p[m], {vb[0], vb[1]});
-        mma_f16(rows.o[m][c + 1], p[m], {vb[2], vb[3]});
+      for (int i = 0; i < D::kValueTiles; ++i) {
+        const int column = 8 * i + lane_id() % 4 * 2;  // V is even, and so 8 bytes are aligned
+        if (!D::kStatic && column >= a.v) continue;
+        *reinterpret_cast<float2*>(a.out + at * a.v + column) = {
+            rows.o[m][i][2 * half] * factor, rows.o[m][i][2 * half + 1] * factor};
       }
     }
   }
