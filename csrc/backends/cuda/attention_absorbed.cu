@@ -17,7 +17,6 @@ constexpr int kNarrowRows = 32;
 int64_t align_256(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-bool is_bf16(const AttentionArgs& a) { return a.latent.format == Format::BF16; }
 bool is_q8(const AttentionArgs& a) { return a.latent.format == Format::Q8_0; }
 
 int latent_bytes(const AttentionArgs& a) { return is_q8(a) ? a.c / 32 * kQ8Bytes : 2 * a.c; }
@@ -107,8 +106,11 @@ int absorbed_window(const AttentionArgs& a) {
   return std::clamp(kWindowRows / std::max(a.h, 1), 1, std::max(a.t, 1));
 }
 
-AbsorbedPlan absorbed_plan(const AttentionArgs& a, const DeviceInfo& device) {
+AbsorbedPlan absorbed_plan(const AttentionArgs& a, const DeviceInfo& device, std::byte* scratch,
+                           size_t* scratch_bytes) {
   AbsorbedPlan plan = {};
+  plan.end_token = std::min(absorbed_window(a), a.t);
+  plan.copies_16 = copies_16(a);
   plan.variants[kNarrow] = make_variant(a, device, 16);
   plan.variants[kWide] = make_variant(a, device, 64);
   const bool has_wide = plan.variants[kWide].n_stages >= 0;
@@ -116,43 +118,45 @@ AbsorbedPlan absorbed_plan(const AttentionArgs& a, const DeviceInfo& device) {
   // No span can have fewer rows than a token, or more than all tokens of a window.
   if (a.h > plan.widest_narrow) plan.variants[kNarrow].n_blocks = 0;
   if (int64_t{absorbed_window(a)} * a.h <= plan.widest_narrow) plan.variants[kWide].n_blocks = 0;
+  Pieces pieces = {scratch};
+  place(a, plan, pieces);
+  if (scratch_bytes != nullptr) *scratch_bytes = static_cast<size_t>(pieces.used);
   return plan;
 }
 
 bool absorbed_fits(const Node& node, const DeviceInfo& device) {
   const AttentionArgs a = attention_args(node, nullptr);
-  const Format operand = is_bf16(a) ? Format::BF16 : Format::F16;
+  const Format operand = operand_is_bf16(a) ? Format::BF16 : Format::F16;
   return a.latent.format != Format::F32 && a.rope.format == operand && a.r <= kRopeDims &&
          products_fit(a) && plane_fits(node.input(2), latent_bytes(a)) &&
          plane_fits(node.input(3), 2 * a.r) && stages_that_fit(16, is_q8(a), device) >= 0;
 }
 
 size_t absorbed_scratch_bytes(const Node& node, const DeviceInfo& device) {
-  const AttentionArgs a = attention_args(node, nullptr);
-  AbsorbedPlan plan = absorbed_plan(a, device);
-  Pieces pieces = {nullptr};
-  place(a, plan, pieces);
-  return static_cast<size_t>(pieces.used);
+  size_t bytes = 0;
+  absorbed_plan(attention_args(node, nullptr), device, nullptr, &bytes);
+  return bytes;
+}
+
+void launch_attend(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& run) {
+  if (is_q8(a)) {
+    attend<__half, true>(a, plan, run);
+  } else if (operand_is_bf16(a)) {
+    attend<__nv_bfloat16, false>(a, plan, run);
+  } else {
+    attend<__half, false>(a, plan, run);
+  }
 }
 
 void attention_absorbed(const Step& step, const CudaRun& run) {
   const AttentionArgs a = attention_args(step);
-  AbsorbedPlan plan = absorbed_plan(a, run.device);
-  Pieces pieces = {run.scratch};
-  place(a, plan, pieces);
-  plan.copies_16 = copies_16(a);
+  AbsorbedPlan plan = absorbed_plan(a, run.device, run.scratch);
   const int window = absorbed_window(a);
-  for (plan.first_token = 0; plan.first_token < a.t; plan.first_token += window) {
+  for (; plan.first_token < a.t; plan.first_token += window) {
     plan.end_token = std::min(plan.first_token + window, a.t);
-    launch_queries(a, plan, is_bf16(a), run);
-    if (is_q8(a)) {
-      attend<__half, true>(a, plan, run);
-    } else if (is_bf16(a)) {
-      attend<__nv_bfloat16, false>(a, plan, run);
-    } else {
-      attend<__half, false>(a, plan, run);
-    }
-    launch_values(a, plan, is_bf16(a), run);
+    launch_queries(a, plan, run);
+    launch_attend(a, plan, run);
+    launch_values(a, plan, run);
   }
 }
 

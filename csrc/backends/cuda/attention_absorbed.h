@@ -7,13 +7,18 @@ namespace mla::cuda {
 
 // Whether k_b and v_b have shapes that the products take.
 bool products_fit(const AttentionArgs& a);
-// bf16: the operands' type is bf16, else f16.
-void launch_queries(const AttentionArgs& a, const AbsorbedPlan& plan, bool bf16,
-                    const CudaRun& run);
-void launch_values(const AttentionArgs& a, const AbsorbedPlan& plan, bool bf16, const CudaRun& run);
 
-// How a node is cut: all that follows from shapes and the device, without memory.
-AbsorbedPlan absorbed_plan(const AttentionArgs& a, const DeviceInfo& device);
+// How the node is cut, and where in scratch its pieces lie; *scratch_bytes, unless null, is set to
+// what they take. Without scratch: no memory. The window is the node's first.
+AbsorbedPlan absorbed_plan(const AttentionArgs& a, const DeviceInfo& device, std::byte* scratch,
+                           size_t* scratch_bytes = nullptr);
 int absorbed_window(const AttentionArgs& a);  // tokens that go through at a time
+
+void launch_queries(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& run);
+void launch_attend(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& run);
+void launch_values(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& run);
+
+// The type of q, of weights and of parts of results: bf16 with a cache of that type, else f16.
+inline bool operand_is_bf16(const AttentionArgs& a) { return a.latent.format == Format::BF16; }
 
 }  // namespace mla::cuda
