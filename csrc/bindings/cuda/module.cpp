@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include "backends/cuda/cuda_backend.h"
+#include "bindings/cuda/register_cells.h"
+#include "bindings/register.h"
 
 namespace py = pybind11;
 using py::arg;
@@ -31,6 +33,7 @@ PYBIND11_MODULE(MLA_CUDA_MODULE, m) {
   using mla::cuda::CudaBackend;
   m.doc() = "CUDA devices as backends of mla_backend._core.";
   py::module_::import("mla_backend._core");
+  mla::bindings::register_errors(m);
   m.def("device_count", &mla::cuda::device_count, "Devices that can be used; 0 where none can.");
   m.def("device_problem", &mla::cuda::device_problem,
         "Why no device can be used; \"\" where one can.");
@@ -38,7 +41,8 @@ PYBIND11_MODULE(MLA_CUDA_MODULE, m) {
   m.def("runtime_version", &mla::cuda::runtime_version, "Of the runtime in this module.");
   m.def("device_info", &mla::bindings::describe, arg("index"),
         "name, capability, n_sm, l2_bytes, total_bytes, free_bytes. Raises DeviceError.");
-  py::class_<CudaBackend, mla::Backend, std::shared_ptr<CudaBackend>>(m, "CudaBackend")
-      .def(py::init<int, bool>(), arg("index") = 0, arg("record") = true,
-           "record: what runs again is replayed as one recorded graph. Raises DeviceError.");
+  py::class_<CudaBackend, mla::Backend, std::shared_ptr<CudaBackend>> backend(m, "CudaBackend");
+  backend.def(py::init<int, bool>(), arg("index") = 0, arg("record") = true,
+              "record: what runs again is replayed as one recorded graph. Raises DeviceError.");
+  mla::bindings::register_cells(backend);
 }
