@@ -9,7 +9,7 @@ option(MLA_CUDA_EMULATE "Build _cuda_emulated, which runs the kernels on the CPU
 
 file(GLOB_RECURSE MLA_CUDA_KERNELS CONFIGURE_DEPENDS csrc/backends/cuda/*.cu)
 file(GLOB_RECURSE MLA_CUDA_SOURCES CONFIGURE_DEPENDS csrc/backends/cuda/*.cpp
-     csrc/bindings/cuda/*.cpp)
+     csrc/bindings/cuda/*.cpp csrc/bindings/register_errors.cpp)
 
 # ---- what is there ------------------------------------------------------------------------------
 # Wheels put the compiler and the headers beside each other into site-packages/nvidia/cu<version>.
