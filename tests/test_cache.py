@@ -68,7 +68,7 @@ def test_bytes_per_position(n_layer: int, type: str, n_bytes: int) -> None:
 def test_memory_is_allocated_once_and_holds_nothing_else(type: str) -> None:
     made = cache(100, type)
     assert made.n_cells == 128
-    assert made.total_bytes == 128 * made.bytes_per_position == made._memory.nbytes
+    assert made.total_bytes == 128 * made.bytes_per_position == made.memory.n_host_bytes
     latent, rope = row_bytes(config(), type)
     assert made.bytes_per_position == 2 * (latent + rope)
     planes = made.layout.layers[1]

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -48,6 +49,11 @@ struct DeviceMemory {
 // Throws UnsupportedError where the host cannot read the memory.
 void check_host(const char* op, const PyTensor& tensor);
 
+Layout make_layout(const std::string& format, const std::vector<int64_t>& shape,
+                   const std::optional<std::vector<int64_t>>& strides);
+// Throw ShapeError where a tensor reaches outside its buffer, or its elements are not aligned.
+void check_fits(const Layout& layout, int64_t offset, int64_t size_bytes);
+void check_aligned(const Tensor& tensor);
 // Throws ShapeError where the memory is read-only.
 void check_writable(const char* op, const PyTensor& tensor);
 

@@ -7,6 +7,7 @@ namespace mla::bindings {
 void register_errors(pybind11::module_& m);
 void register_formats(pybind11::module_& m);
 void register_tensor(pybind11::module_& m);
+void register_device_memory(pybind11::module_& m);
 void register_cache(pybind11::module_& m);
 void register_graph(pybind11::module_& m);
 void register_backends(pybind11::module_& m);

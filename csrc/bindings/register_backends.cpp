@@ -102,6 +102,15 @@ Uploaded upload(Workspace& workspace, const Backend& backend, const PyTensor& te
   return {workspace.constant(domain, tensor.tensor), tensor.owner};
 }
 
+size_t host_bytes(const Workspace& workspace) {
+  size_t bytes = workspace.arena(kHost).size_bytes;
+  for (size_t b = 0; b < workspace.backends().size(); ++b) {
+    const int backend = static_cast<int>(b);
+    if (workspace.domain_of(backend) == kHost) bytes += workspace.scratch(backend).size_bytes;
+  }
+  return bytes;
+}
+
 py::dict report(const PyExecutor& self) {
   const Plan& plan = self.executor->plan();
   const auto& backends = self.executor->workspace().backends();
@@ -178,6 +187,7 @@ void register_backends(py::module_& m) {
       .def("upload", &upload, arg("backend"), arg("tensor"),
            "A weight as the backend's kernels read it. Executors use it as long as the handle "
            "lives. Raises MemoryLimitError.")
+      .def_property_readonly("n_host_bytes", &host_bytes)
       .def_property_readonly("n_bytes", [](const Workspace& w) {
         size_t bytes = 0;
         for (Domain d = 0; d < w.n_domains(); ++d) bytes += w.arena(d).size_bytes;

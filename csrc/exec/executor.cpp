@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 
 #include "base/error.h"
 
@@ -158,7 +159,7 @@ void Executor::run(std::span<const InputData> inputs, const Checkpoint& checkpoi
       before = &segment;
       segment.program->run(checkpoint);
     }
-  } catch (...) {
+  } catch (const std::exception&) {
     settle();
     throw;
   }

@@ -9,21 +9,6 @@ import numpy.typing
 import typing
 import typing_extensions
 __all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'DeviceMemory', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Uploaded', 'Workspace', 'available_isas', 'available_memory_bytes', 'compiled_isas', 'copy_cells', 'dequantize', 'formats', 'is_network_fs', 'quantize', 'read_rows', 'requantize', 'rotate_rope', 'usable_cpus', 'usable_physical_cores', 'write_rows']
-class DeviceMemory:
-    """
-    Memory of a backend, zeroed.
-    """
-    def __init__(self, backend: ..., n_bytes: typing.SupportsInt | typing.SupportsIndex) -> None:
-        """
-        Raises MemoryLimitError.
-        """
-    def tensor(self, format: str, shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], strides_bytes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] | None = None, offset_bytes: typing.SupportsInt | typing.SupportsIndex = 0) -> ...:
-        """
-        A tensor in it, with the rules of Tensor. Only graphs on its backend can use it.
-        """
-    @property
-    def n_bytes(self) -> int:
-        ...
 class Tensor:
     """
     A strided view over the memory of a buffer, which it keeps alive.
@@ -216,6 +201,9 @@ class Workspace:
     @property
     def n_bytes(self) -> int:
         ...
+    @property
+    def n_host_bytes(self) -> int:
+        ...
 class Executor:
     """
     A planned graph, run again and again.
@@ -234,6 +222,21 @@ class Executor:
         """
         inputs: float32 or int32 arrays by name, C-contiguous. Raises CancelledError, and DeviceError where the workspace is in use.
         """
+class DeviceMemory:
+    """
+    Memory of a backend, zeroed.
+    """
+    def __init__(self, backend: Backend, n_bytes: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Raises MemoryLimitError.
+        """
+    def tensor(self, format: str, shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], strides_bytes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] | None = None, offset_bytes: typing.SupportsInt | typing.SupportsIndex = 0) -> Tensor:
+        """
+        A tensor in it, with the rules of Tensor. Only graphs on its backend can use it.
+        """
+    @property
+    def n_bytes(self) -> int:
+        ...
 class MappedFile:
     """
     A file mapped read-only; a buffer of uint8 [size]. Pages that the file loses read as zeros, and check() then raises.
@@ -308,7 +311,7 @@ def quantize(x: numpy.typing.NDArray[numpy.float32], format: str, importance: nu
     """
     float32 [rows, k], C-contiguous -> uint8 [rows, row_bytes], the same bytes on every machine. importance: float32 [k], how much the squared error of each column counts. 0 threads: one per core. Raises FormatError for numbers that the format cannot hold and for importance that is negative or not finite, ShapeError where k is no multiple of the block.
     """
-def read_rows(plane: ..., cells: typing.Annotated[numpy.typing.ArrayLike, numpy.int32]) -> numpy.typing.NDArray[numpy.uint8]:
+def read_rows(plane: Tensor, cells: typing.Annotated[numpy.typing.ArrayLike, numpy.int32]) -> numpy.typing.NDArray[numpy.uint8]:
     """
     Rows of a plane [cells, width] in a DeviceMemory -> uint8 [len(cells), row bytes].
     """
@@ -328,5 +331,5 @@ def usable_physical_cores(root: str = '') -> int:
     """
     Physical cores in the affinity mask, no more than the cgroup's CPU quota.
     """
-def write_rows(plane: ..., cells: typing.Annotated[numpy.typing.ArrayLike, numpy.int32], rows: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8]) -> None:
+def write_rows(plane: Tensor, cells: typing.Annotated[numpy.typing.ArrayLike, numpy.int32], rows: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8]) -> None:
     ...

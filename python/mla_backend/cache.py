@@ -7,43 +7,32 @@ blocks of its prefix. A shared block is copied when one of its sequences has to 
 
 from __future__ import annotations
 
-import mmap
-import os
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-from mla_backend import _core, formats
+from mla_backend import _core
+from mla_backend.cache_memory import CACHE_TYPES, Bytes, CacheMemory, Int32s, row_bytes
 from mla_backend.config import ModelConfig
-from mla_backend.errors import ContextError, DeviceError, MemoryLimitError, ShapeError, UsageError
-from mla_backend.models.inputs import CacheLayout, CachePlanes
-from mla_backend.models.rope import rope_frequencies
+from mla_backend.errors import ContextError, ShapeError, UsageError
+from mla_backend.models.inputs import CacheLayout
+
+__all__ = [
+    "BLOCK_CELLS",
+    "CACHE_TYPES",
+    "CacheSequence",
+    "LatentCache",
+    "bytes_per_position",
+    "cache_bytes",
+    "row_bytes",
+]
 
 #: Cells of a block: what one step of attention loads, and the unit of sharing.
 BLOCK_CELLS: Final = 64
-CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0")
-#: The rope part turns with every shift; it stays in 16 bits where the latent goes to 8.
-_ROPE_TYPE: Final = {"f32": "f32", "f16": "f16", "bf16": "bf16", "q8_0": "f16"}
-
-Int32s = npt.NDArray[np.int32]
-
-
-def row_bytes(config: ModelConfig, cache_type: str) -> tuple[int, int]:
-    """Bytes of a cell in one layer: (latent, rope). Raises UsageError for an unknown type."""
-    if cache_type not in CACHE_TYPES:
-        raise UsageError(f"cache type {cache_type!r}; accepted are {', '.join(CACHE_TYPES)}")
-    latent = formats.by_name(cache_type)
-    if config.kv_lora_rank % latent.block_elems:
-        raise UsageError(
-            f"cache type {cache_type!r} needs a latent that is a multiple of "
-            f"{latent.block_elems}; this model's is {config.kv_lora_rank}"
-        )
-    rope = formats.by_name(_ROPE_TYPE[cache_type])
-    return latent.n_bytes([config.kv_lora_rank]), rope.n_bytes([config.d_rope])
 
 
 def bytes_per_position(config: ModelConfig, cache_type: str) -> int:
@@ -100,7 +89,9 @@ class LatentCache:
         backend: _core.CpuBackend,
         max_sequences: int = 64,
         kv_file: Path | None = None,
+        devices: Mapping[int, _core.Backend] | None = None,
     ) -> None:
+        """``devices``: see CacheMemory."""
         if n_ctx < 1:
             raise UsageError(f"n_ctx {n_ctx}; accepted is 1 or more")
         self.cache_type = cache_type
@@ -112,40 +103,13 @@ class LatentCache:
         self.total_bytes = cache_bytes(config, cache_type, n_ctx)
         self._cell_bytes = sum(row_bytes(config, cache_type))  # in one layer
         self._config = config
-        self._backend = backend
-        self._memory = _allocate(self.total_bytes, kv_file)
-        # A file's pages are shared with forked children, which must not write there.
-        self._only_pid = None if kv_file is None else os.getpid()
-        self.layout = self._make_layout(max_sequences)
-        self._frequencies = rope_frequencies(config)
+        self.memory = CacheMemory(config, cache_type, self.n_cells, backend, devices or {}, kv_file)
+        self.layout = CacheLayout(self.memory.layers, BLOCK_CELLS, self.n_blocks)
         self._users = [0] * self.n_blocks
         self._free = list(range(self.n_blocks - 1, -1, -1))
         self._free_rows = list(range(max_sequences - 1, -1, -1))
         #: Blocks of each sequence, as attention reads it: I32 [sequences, blocks].
         self.block_table: Int32s = np.zeros((max_sequences, self.n_blocks), np.int32)
-
-    def _make_layout(self, max_sequences: int) -> CacheLayout:
-        config = self._config
-        latent_bytes, rope_bytes = row_bytes(config, self.cache_type)
-        stride = latent_bytes + rope_bytes
-        layers = []
-        for layer in range(config.n_layer):
-            begin = layer * self.n_cells * stride
-            layers.append(
-                CachePlanes(
-                    self._plane(self.cache_type, config.kv_lora_rank, begin, stride),
-                    self._plane(
-                        _ROPE_TYPE[self.cache_type], config.d_rope, begin + latent_bytes, stride
-                    ),
-                )
-            )
-        return CacheLayout(tuple(layers), BLOCK_CELLS, max_sequences, self.n_blocks)
-
-    def _plane(self, type_name: str, width: int, begin: int, stride: int) -> _core.Tensor:
-        row = formats.by_name(type_name)
-        return _core.Tensor(
-            self._memory, row.name, [self.n_cells, width], [stride, row.block_bytes], begin
-        )
 
     # ---- sequences ------------------------------------------------------------------------------
 
@@ -215,11 +179,9 @@ class LatentCache:
         if sequence.first_position + delta < 0:
             raise ShapeError(f"shift by {delta} from position {sequence.first_position}")
         if delta and sequence.n_cells:
-            self._check_process()
+            self.memory.check_process()
             self._own(sequence, range(len(sequence.blocks)))
-            cells = self.cells(sequence, 0, sequence.n_cells)
-            for planes in self.layout.layers:
-                _core.rotate_rope(self._backend, planes.rope, cells, self._frequencies, delta)
+            self.memory.rotate(self.cells(sequence, 0, sequence.n_cells), delta)
         sequence.first_position += delta
 
     def drop(self, sequence: CacheSequence, begin: int, end: int) -> None:
@@ -232,17 +194,13 @@ class LatentCache:
             raise ShapeError(f"drop [{begin}, {end}) of {sequence.n_cells} positions")
         moved = sequence.n_cells - end
         if begin < end and moved:
-            self._check_process()
+            self.memory.check_process()
             first = (sequence.first_cell + begin) // BLOCK_CELLS
             self._own(sequence, range(first, len(sequence.blocks)))
             source = self.cells(sequence, end, moved)
             target = self.cells(sequence, begin, moved)
-            for planes in self.layout.layers:
-                _core.copy_cells(planes.latent, source, target)
-                _core.copy_cells(planes.rope, source, target)
-                _core.rotate_rope(
-                    self._backend, planes.rope, target, self._frequencies, begin - end
-                )
+            self.memory.copy(source, target)
+            self.memory.rotate(target, begin - end)
         self.truncate(sequence, begin + moved)
 
     # ---- writing --------------------------------------------------------------------------------
@@ -253,7 +211,7 @@ class LatentCache:
         ``commit`` makes them part of the sequence. Raises ContextError, and changes nothing, where
         the cache has no room.
         """
-        self._check_process()
+        self.memory.check_process()
         used = sequence.first_cell + sequence.n_cells
         n_blocks = -(-(used + n_tokens) // BLOCK_CELLS)
         n_new = max(n_blocks - len(sequence.blocks), 0)
@@ -293,25 +251,16 @@ class LatentCache:
 
     # ---- saving ---------------------------------------------------------------------------------
 
-    def read(self, sequence: CacheSequence) -> npt.NDArray[np.uint8]:
+    def read(self, sequence: CacheSequence) -> Bytes:
         """The cells of a sequence, copied: uint8 [n_layer, n_cells, bytes of a cell]."""
-        return self._cells_of_layers()[:, self.cells(sequence, 0, sequence.n_cells)]
+        return self.memory.read(self.cells(sequence, 0, sequence.n_cells))
 
-    def write(self, sequence: CacheSequence, data: npt.NDArray[np.uint8]) -> None:
+    def write(self, sequence: CacheSequence, data: Bytes) -> None:
         """Append what ``read`` gave, in any shape, for the same model and cache type."""
         cells = data.reshape(self._config.n_layer, -1, self._cell_bytes)
         n_tokens = cells.shape[1]
-        self._cells_of_layers()[:, self.reserve(sequence, n_tokens)] = cells
+        self.memory.write(self.reserve(sequence, n_tokens), cells)
         self.commit(sequence, n_tokens)
-
-    def _cells_of_layers(self) -> npt.NDArray[np.uint8]:
-        return self._memory.reshape(self._config.n_layer, self.n_cells, self._cell_bytes)
-
-    def _check_process(self) -> None:
-        if self._only_pid not in (None, os.getpid()):
-            raise DeviceError(
-                "the cache is a file of the parent process; load the model in the child"
-            )
 
     # ---- blocks ---------------------------------------------------------------------------------
 
@@ -336,45 +285,11 @@ class LatentCache:
             )
         for i in shared:
             old, new = sequence.blocks[i], self._take()
-            rows = self._cells_of_layers()
-            begin, source = new * BLOCK_CELLS, old * BLOCK_CELLS
-            rows[:, begin : begin + BLOCK_CELLS] = rows[:, source : source + BLOCK_CELLS]
+            offsets = np.arange(BLOCK_CELLS, dtype=np.int32)
+            self.memory.copy(old * BLOCK_CELLS + offsets, new * BLOCK_CELLS + offsets)
             sequence.blocks[i] = new
             self._users[old] -= 1
         self._write_table(sequence)
 
     def _write_table(self, sequence: CacheSequence) -> None:
         self.block_table[sequence.row, : len(sequence.blocks)] = sequence.blocks
-
-
-def _allocate(n_bytes: int, kv_file: Path | None) -> npt.NDArray[np.uint8]:
-    """Zeroed memory that takes pages only as they are written, or a file's."""
-    if kv_file is None:
-        try:
-            return np.zeros(n_bytes, np.uint8)
-        except MemoryError:
-            raise MemoryLimitError(f"cannot allocate a cache of {n_bytes} bytes") from None
-    return _map_new_file(kv_file, n_bytes)
-
-
-def _map_new_file(path: Path, n_bytes: int) -> npt.NDArray[np.uint8]:
-    """Map a new file of this size, without a name from then on: it goes when its memory does.
-
-    Its space is allocated at once, so that a full disk is an error here and not a signal later.
-    """
-    try:
-        file = path.open("x+b")
-    except FileExistsError:
-        raise UsageError(f"kv_file {path} exists already; name a file that does not") from None
-    except OSError as error:
-        raise DeviceError(f"kv_file {path} cannot be created: {error.strerror}") from error
-    with file:
-        path.unlink()
-        try:
-            os.posix_fallocate(file.fileno(), 0, n_bytes)
-            mapped = mmap.mmap(file.fileno(), n_bytes)
-        except OSError as error:
-            raise MemoryLimitError(
-                f"kv_file {path}: no room for a cache of {n_bytes} bytes: {error.strerror}"
-            ) from error
-    return np.frombuffer(mapped, np.uint8)

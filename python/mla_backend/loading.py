@@ -134,6 +134,31 @@ def load_weights(
     return Weights(file, infos, sources, mapped=False)
 
 
+def upload_weights(
+    weights: Weights,
+    names: Sequence[str],
+    workspace: _core.Workspace,
+    device_of: Callable[[str], _core.Backend],
+    on_progress: Progress | None = None,
+) -> tuple[_core.Uploaded, ...]:
+    """Bring the weights that lie in the memory of devices there; they stay as the result does.
+
+    Reports ("upload", bytes done, bytes in all). Raises MemoryLimitError.
+    """
+    report = on_progress or _ignore
+    todo = [(weights[name], device_of(name)) for name in names]
+    todo = [(tensor, device) for tensor, device in todo if not device.shares_host_memory]
+    total = sum(tensor.n_bytes for tensor, _ in todo)
+    uploads, done = [], 0
+    for tensor, device in todo:
+        report("upload", done, total)
+        uploads.append(workspace.upload(device, tensor))
+        done += tensor.n_bytes
+    if todo:
+        report("upload", done, total)
+    return tuple(uploads)
+
+
 def _read(path: Path, threads: int, before: int, total: int, report: Progress) -> _core.LoadedFile:
     return _core.LoadedFile(str(path), threads, lambda n, _: report("load", before + n, total))
 

@@ -19,13 +19,17 @@ GIB: Final = 1 << 30
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes by purpose. Mapped weights are the file's pages; the rest is anonymous memory."""
+    """Bytes by purpose. Mapped weights are the file's pages; the rest is anonymous memory.
+
+    ``device_bytes``: weights, cache and workspace in the memory of devices; all else is the host's.
+    """
 
     weights_mapped_bytes: int
     weights_copied_bytes: int
     cache_bytes: int
     cache_bytes_per_position: int
     workspace_bytes: int
+    device_bytes: int = 0
 
     @property
     def anonymous_bytes(self) -> int:
@@ -125,12 +129,15 @@ def report_memory(
     mapped_bytes: int,
     copied_bytes: int,
     workspace_bytes: int,
+    host_share: float = 1.0,
+    device_bytes: int = 0,
 ) -> MemoryReport:
-    """The report of a model with one cache of ``n_ctx`` positions."""
+    """The report of a model with one cache of ``n_ctx`` positions, a share of it on the host."""
     return MemoryReport(
         mapped_bytes,
         copied_bytes,
-        cache_bytes(config, cache_type, n_ctx),
+        round(cache_bytes(config, cache_type, n_ctx) * host_share),
         bytes_per_position(config, cache_type),
         workspace_bytes,
+        device_bytes,
     )

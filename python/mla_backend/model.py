@@ -17,6 +17,7 @@ from mla_backend.attention_mode import MODES, AttentionMode
 from mla_backend.cache import CACHE_TYPES, LatentCache, cache_bytes
 from mla_backend.chat import ChatTemplate, encode_chat
 from mla_backend.config import ModelConfig, config_from_gguf
+from mla_backend.devices import Devices, open_devices
 from mla_backend.errors import UsageError
 from mla_backend.generator import (
     Chunk,
@@ -27,10 +28,11 @@ from mla_backend.generator import (
     stream,
 )
 from mla_backend.gguf import GGUFFile, TensorInfo, read_gguf
-from mla_backend.loading import LoadOptions, Weights, load_weights
+from mla_backend.loading import LoadOptions, Weights, load_weights, upload_weights
 from mla_backend.locks import CallLock
 from mla_backend.memory import MemoryReport, check_memory, report_memory
-from mla_backend.models.inputs import BatchShape, Observer
+from mla_backend.models.inputs import Observer
+from mla_backend.placement import CPU, Placement, PlacementOptions
 from mla_backend.planning import LoadPlan
 from mla_backend.runner import Engine, Logits, Runner
 from mla_backend.sampling import SamplingParams
@@ -44,7 +46,6 @@ Prompt = str | Sequence[int]
 Chunks = Generator[Chunk, None, None]
 
 PRECISIONS: Final = ("fast", "exact")
-DEVICES: Final = ("auto", "cpu")
 #: Logits of all positions are computed in chunks whose rows stay below this.
 _LOGITS_BYTES: Final = 256 << 20
 #: Positions and cells are 32-bit integers.
@@ -86,7 +87,11 @@ class Model:
         mmap: bool = True,
         mlock: bool = False,
         isa: str | None = None,
-        n_batch: int = 512,
+        n_batch: int | None = None,
+        gpu_layers: int | None = None,
+        cpu_moe: bool = False,
+        override_tensor: Sequence[tuple[str, str]] = (),
+        tensor_split: Sequence[float] | None = None,
         on_progress: Progress | None = None,
     ) -> Model:
         """Open a GGUF file; any shard of a split one may be named.
@@ -97,25 +102,27 @@ class Model:
             attention: "absorbed", "expanded", or "auto": the cheaper one for each chunk.
             cache_type: f32, f16, bf16 or q8_0.
             precision: "fast" rounds activations as the kernels like; "exact" keeps float32.
-            device: "auto" or "cpu".
+            device: "cpu"; "cuda" (all GPUs) or "cuda:1"; "auto": GPUs where there are any.
             kv_file: a new file to hold the cache, for contexts larger than memory; it goes when
                 the model does.
             mmap: map the weights (files on network file systems are read all the same).
             mlock: keep mapped weights in memory; DeviceError where the system refuses.
             isa: CPU instruction set; None is MLA_CPU_ISA or the best this CPU has.
-            n_batch: tokens of a prompt computed at a time.
+            n_batch: tokens of a prompt computed at a time; None is 512, on GPUs 4096.
+            gpu_layers, cpu_moe, override_tensor, tensor_split: what goes where, see
+                PlacementOptions; unset: as many layers as fit on the GPUs, experts last.
             on_progress: called as (phase, done, total): "load" in bytes, "prefill" in tokens.
 
         Raises:
             ModelError: the file is damaged, incomplete, or no model this engine runs.
             MemoryLimitError: cache, workspace and copies exceed the memory available.
             UnsupportedError: the CPU lacks the ISA. UsageError: an argument has no such value.
+            DeviceError: the device that was named cannot be used.
             TokenizerError, TemplateError: the metadata contradicts itself. A tokenizer that is
                 merely unknown here is a note: token ids still work.
         """
         _check_choice("attention", attention, MODES)
         _check_choice("precision", precision, PRECISIONS)
-        _check_choice("device", device, DEVICES)
         _check_choice("cache_type", cache_type, CACHE_TYPES)
         _check_count("n_ctx", n_ctx, _MAX_POSITIONS)
         _check_count("threads", threads, _MAX_THREADS)
@@ -125,21 +132,31 @@ class Model:
         config = config_from_gguf(file)
         infos = check_weights(config, file)
         options = LoadOptions(mmap=mmap, mlock=mlock, threads=threads or 4)
-        plan = LoadPlan(file, config, infos, cache_type, n_ctx, kv_file, options)
-        if not plan.options.mmap:  # reading is long: what it would end in is known before
-            plan.check_memory(backend, precision, n_batch)
-        weights = load_weights(file, infos, plan.options, on_progress)
-        engine = Engine(
-            config, weights, _core.Workspace([backend]), precision, attention, backend.isa
+        devices, idle = open_devices(backend, device)
+        wishes = PlacementOptions(gpu_layers, cpu_moe, override_tensor, tensor_split)
+        plan = LoadPlan(
+            file,
+            config,
+            infos,
+            cache_type,
+            n_ctx,
+            kv_file,
+            options,
+            devices=devices,
+            wishes=wishes,
+            n_batch=n_batch,
         )
-        model = cls(plan, engine, backend, n_batch)
-        if plan.weights_fit:
+        plan.notes += [idle] if idle else []
+        if not plan.options.mmap:  # reading is long: what it would end in is known before
+            plan.check_memory(backend, precision)
+        weights = load_weights(file, infos, plan.options, on_progress)
+        engine = _make_engine(plan, weights, devices, precision, attention, on_progress)
+        model = cls(plan, engine, devices)
+        if plan.weights_fit and not plan.placement.uses_devices:
             weights.prefetch(on_progress)
         return model
 
-    def __init__(
-        self, plan: LoadPlan, engine: Engine, backend: _core.CpuBackend, n_batch: int
-    ) -> None:
+    def __init__(self, plan: LoadPlan, engine: Engine, devices: Devices) -> None:
         """Use ``load``."""
         self.config: ModelConfig = plan.config
         self.file: GGUFFile = plan.file
@@ -156,14 +173,17 @@ class Model:
         self._cache_type = plan.cache_type
         self._kv_file = plan.kv_file
         self._engine = engine
-        self._backend = backend
-        self._n_batch = min(n_batch, plan.n_ctx)
+        self._devices = devices
+        self._backend = devices.cpu
+        self._placement = plan.placement
+        self._host_share = plan.host_share
+        self._n_batch = plan.n_batch
         self._fingerprint = _fingerprint(plan.file, plan.infos, engine.weights)
         self._calls = CallLock(_BUSY)
         cache = self._new_cache(self.n_ctx, plan.kv_file)
         runner = Runner(engine, cache)
-        runner.prepare(BatchShape(self._n_batch, 1, 1))
-        runner.prepare(BatchShape(1, 1, 1))
+        runner.prepare(self._n_batch)
+        runner.prepare(1)
         self._check_memory(self.memory.cache_bytes, cache_in_file=plan.kv_file is not None)
         self._runner, self._cache = runner, cache
         self._session = self._new_session(runner, cache)
@@ -177,8 +197,23 @@ class Model:
             self.n_ctx,
             mapped_bytes=self._engine.weights.mapped_bytes,
             copied_bytes=self._engine.weights.copied_bytes,
-            workspace_bytes=self._engine.workspace.n_bytes,
+            workspace_bytes=self._engine.workspace.n_host_bytes,
+            host_share=self._host_share,
+            device_bytes=self._device_bytes,
         )
+
+    @property
+    def _device_bytes(self) -> int:
+        engine = self._engine
+        cache = cache_bytes(self.config, self._cache_type, self.n_ctx)
+        workspace = engine.workspace.n_bytes - engine.workspace.n_host_bytes
+        uploads = sum(upload.n_bytes for upload in engine.uploads)
+        return uploads + workspace + round(cache * (1.0 - self._host_share))
+
+    @property
+    def placement(self) -> Placement:
+        """What lies on which device."""
+        return self._placement
 
     @property
     def isa(self) -> str:
@@ -279,7 +314,7 @@ class Model:
         """
         _check_count("n_ctx", n_ctx, _MAX_POSITIONS)
         n_ctx = self.n_ctx if n_ctx is None else n_ctx
-        extra = cache_bytes(self.config, self._cache_type, n_ctx)
+        extra = round(cache_bytes(self.config, self._cache_type, n_ctx) * self._host_share)
         self._check_memory(extra, cache_in_file=False)
         cache = self._new_cache(n_ctx, None)
         return self._new_session(Runner(self._engine, cache, observer), cache)
@@ -304,7 +339,16 @@ class Model:
 
     def _new_cache(self, n_ctx: int, kv_file: Path | None) -> LatentCache:
         return LatentCache(
-            self.config, n_ctx, self._cache_type, backend=self._backend, kv_file=kv_file
+            self.config,
+            n_ctx,
+            self._cache_type,
+            backend=self._backend,
+            kv_file=kv_file,
+            devices={
+                layer: self._devices.by_name(name)
+                for layer, name in enumerate(self._placement.layers)
+                if name != CPU
+            },
         )
 
     def _new_session(
@@ -337,6 +381,29 @@ class Model:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _make_engine(
+    plan: LoadPlan,
+    weights: Weights,
+    devices: Devices,
+    precision: str,
+    attention: AttentionMode,
+    on_progress: Progress | None,
+) -> Engine:
+    """The engine with all weights where they belong."""
+    placement = plan.placement
+    used = devices if placement.uses_devices else Devices(devices.cpu)
+    workspace = _core.Workspace(used.backends)
+    uploads = upload_weights(
+        weights,
+        list(plan.infos),
+        workspace,
+        lambda name: used.by_name(placement.of(name)),
+        on_progress,
+    )
+    isa = "cuda" if placement.layers[-1] != CPU else devices.cpu.isa
+    return Engine(plan.config, weights, workspace, precision, attention, isa, placement.of, uploads)
 
 
 def _options(given: dict[str, Any]) -> GenerationOptions:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from mla_backend import _core
-from mla_backend.cache import BLOCK_CELLS, LatentCache, cache_bytes
+from mla_backend.cache import BLOCK_CELLS, LatentCache, bytes_per_position, cache_bytes
 from mla_backend.config import ModelConfig
+from mla_backend.devices import Devices
 from mla_backend.gguf import GGUFFile, TensorInfo
 from mla_backend.loading import LoadOptions, Weights, is_stored_on_network
 from mla_backend.memory import (
+    ContextChoice,
     active_weight_bytes,
     check_memory,
     choose_context,
     oversize_note,
     report_memory,
 )
-from mla_backend.models.inputs import BatchShape
+from mla_backend.placement import CPU, PlacementOptions, Room, fitting_context, place
 from mla_backend.runner import Engine, Runner
 
 #: How to get a file into the split layout.
@@ -27,6 +29,9 @@ LEGACY_NOTE: Final = (
     "the file has the legacy tensor layout (attn_kv_b); it runs as it is. "
     "`mla-backend upgrade OLD.gguf NEW.gguf` rewrites it once into the split layout"
 )
+#: Tokens of a prompt computed at a time. A GPU reads all weights for each batch, whatever its size.
+_CPU_BATCH: Final = 512
+_DEVICE_BATCH: Final = 4096
 _UNLOCKED_NOTE: Final = "mlock has no effect: the weights are read into memory, not mapped"
 
 
@@ -37,9 +42,12 @@ class LoadPlan:
         n_ctx: positions, as asked or as chosen.
         options: how weights reach memory; ``mmap`` is False on network file systems.
         weights_fit: whether all weights find room in memory at once.
+        n_batch: tokens of a prompt computed at a time.
+        placement: what goes to which device.
         notes: one-line statements for the user.
 
-    Raises MemoryLimitError where cache and copied weights alone are too much.
+    Raises MemoryLimitError where cache and copied weights alone are too much, UsageError as
+    ``place`` does.
     """
 
     def __init__(
@@ -51,6 +59,10 @@ class LoadPlan:
         n_ctx: int | None,
         kv_file: str | Path | None,
         options: LoadOptions,
+        *,
+        devices: Devices,
+        wishes: PlacementOptions,
+        n_batch: int | None,
     ) -> None:
         self.file = file
         self.config = config
@@ -58,10 +70,28 @@ class LoadPlan:
         self.cache_type = cache_type
         self.kv_file = Path(kv_file) if kv_file is not None else None
         sizes = {name: info.n_bytes for name, info in infos.items()}
-        choice = choose_context(
-            config, n_ctx, cache_type, file.n_bytes, cache_in_file=kv_file is not None
-        )
+        rooms = [Room(gpu.name, gpu.free_bytes()) for gpu in devices.cuda]
+        if rooms and wishes.gpu_layers != 0:
+            choice = _context_on_devices(config, n_ctx, cache_type, sum(sizes.values()), rooms)
+        else:
+            choice = choose_context(
+                config, n_ctx, cache_type, file.n_bytes, cache_in_file=kv_file is not None
+            )
         self.n_ctx = choice.n_ctx
+        self.n_batch = min(n_batch or (_DEVICE_BATCH if rooms else _CPU_BATCH), self.n_ctx)
+        self.placement = place(
+            config,
+            sizes,
+            rooms,
+            wishes,
+            cache_bytes=cache_bytes(config, cache_type, self.n_ctx),
+            workspace_bytes=_workspace_estimate(config, self.n_batch),
+        )
+        on_cpu = sum(device == CPU for device in self.placement.layers)
+        #: Part of the cache that lies in host memory.
+        self.host_share = on_cpu / config.n_layer
+        if n_batch is None and not self.placement.uses_devices:
+            self.n_batch = min(_CPU_BATCH, self.n_ctx)
         mapped = options.mmap and not any(is_stored_on_network(path) for path in file.paths)
         self.options = replace(options, mmap=mapped)
         oversize = oversize_note(file.n_bytes, active_weight_bytes(config, sizes))
@@ -73,12 +103,13 @@ class LoadPlan:
                 oversize if mapped else None,
                 LEGACY_NOTE if config.layout == "legacy" else None,
                 _UNLOCKED_NOTE if options.mlock and not mapped else None,
+                self.placement.text() if self.placement.uses_devices else None,
             )
             if note is not None
         ]
         self._check_memory(workspace_bytes=0, widened_bytes=0)
 
-    def check_memory(self, backend: _core.CpuBackend, precision: str, n_batch: int) -> None:
+    def check_memory(self, backend: _core.CpuBackend, precision: str) -> None:
         """Refuse what does not fit, the workspace included. Raises MemoryLimitError."""
         workspace, widened = planned_bytes(
             self.file,
@@ -88,7 +119,7 @@ class LoadPlan:
             n_ctx=self.n_ctx,
             cache_type=self.cache_type,
             precision=precision,
-            n_batch=n_batch,
+            n_batch=self.n_batch,
         )
         self._check_memory(workspace_bytes=workspace, widened_bytes=widened)
 
@@ -101,8 +132,38 @@ class LoadPlan:
             mapped_bytes=self.file.n_bytes if mapped else 0,
             copied_bytes=widened_bytes + (0 if mapped else self.file.n_bytes),
             workspace_bytes=workspace_bytes,
+            host_share=self.host_share,
         )
         check_memory(report, cache_in_file=self.kv_file is not None)
+
+
+def _context_on_devices(
+    config: ModelConfig,
+    n_ctx: int | None,
+    cache_type: str,
+    weights_bytes: int,
+    rooms: Sequence[Room],
+) -> ContextChoice:
+    """As asked, or what GPUs hold beside the weights."""
+    if n_ctx is not None:
+        return choose_context(config, n_ctx, cache_type, 0, cache_in_file=False)
+    fits = fitting_context(config, weights_bytes, rooms, bytes_per_position(config, cache_type))
+    trained = fits == config.n_ctx_train
+    return ContextChoice(
+        fits,
+        f"context: {fits} positions, the trained length"
+        if trained
+        else f"context: {fits} positions of the {config.n_ctx_train} trained, to leave the GPUs "
+        "room; set n_ctx to change it",
+    )
+
+
+def _workspace_estimate(config: ModelConfig, n_batch: int) -> int:
+    """Bytes of intermediates of a batch: the widest values that live at one time."""
+    width = 4 * config.d_model + 2 * config.n_head * (config.d_key + config.d_value)
+    if config.moe is not None:
+        width += config.moe.n_expert_used * (2 * config.moe.d_ff + config.d_model)
+    return n_batch * 4 * max(width, 3 * config.d_ff)
 
 
 def planned_bytes(
@@ -130,5 +191,5 @@ def planned_bytes(
     cache = LatentCache(config, n_ctx, cache_type, backend=backend)
     runner = Runner(engine, cache)
     for n_tokens in (n_batch, 1):
-        runner.prepare(BatchShape(n_tokens, 1, 1))
+        runner.prepare(n_tokens)
     return engine.workspace.n_bytes, weights.copied_bytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -18,7 +18,7 @@ from mla_backend.errors import ShapeError
 from mla_backend.loading import Weights
 from mla_backend.locks import CallLock
 from mla_backend.models.deepseek import SPAN_FIELDS, build_graph
-from mla_backend.models.inputs import BatchShape, Observer
+from mla_backend.models.inputs import BatchShape, Observer, anywhere
 
 #: Graphs kept at a time. Decoding and full chunks take two; the rest are ends of prompts.
 _MAX_GRAPHS: Final = 16
@@ -46,6 +46,9 @@ class Engine:
 
     Attributes:
         workspace: arenas and scratch; one run at a time, which ``lock`` sees to.
+        isa: what attention is computed with: a CPU's instruction set, or "cuda".
+        place: where a weight lies, by its name.
+        uploads: the weights that lie in the memory of devices.
     """
 
     config: ModelConfig
@@ -54,6 +57,8 @@ class Engine:
     precision: str
     attention: AttentionMode
     isa: str
+    place: Callable[[str], str] = anywhere
+    uploads: tuple[_core.Uploaded, ...] = ()
     lock: CallLock = field(default_factory=lambda: CallLock(_BUSY))
 
 
@@ -96,9 +101,9 @@ class Runner:
                 return np.empty((0, self._engine.config.n_vocab), np.float32)
             return executor.output(0).copy()  # the arena is the next run's
 
-    def prepare(self, shape: BatchShape) -> None:
-        """Plan a shape ahead, so that its memory is taken before anything is computed."""
-        self._executor(shape)
+    def prepare(self, n_tokens: int) -> None:
+        """Plan a batch of one piece ahead, so that its memory is taken before it is computed."""
+        self._executor(BatchShape(n_tokens, 1, 1, self._contraction([(n_tokens, n_tokens)])))
 
     def report(self, shape: BatchShape) -> dict[str, object]:
         """The plan of a shape: arena and scratch bytes, steps by backend."""
@@ -111,10 +116,12 @@ class Runner:
             raise ShapeError("a batch holds one piece of a sequence at most")
         if not all(0 <= piece.outputs <= len(piece.ids) for piece in pieces):
             raise ShapeError("a piece gives at most one row of logits for each of its tokens")
+        seen = [(len(p.ids), p.sequence.n_cells + len(p.ids)) for p in pieces]
         return BatchShape(
             n_tokens=sum(len(piece.ids) for piece in pieces),
             n_outputs=sum(piece.outputs for piece in pieces),
             n_spans=len(pieces),
+            contraction=self._contraction(seen),
         )
 
     def _inputs(
@@ -128,7 +135,7 @@ class Runner:
             new_cells = self._cache.reserve(sequence, n)
             seen = sequence.n_cells + n
             expanded = self._expands(n, seen)
-            spans[index] = (sequence.row, first, n, sequence.first_cell, seen, expanded)
+            spans[index] = (index, first, n, sequence.first_cell, seen, expanded)
             ids = np.append(ids, np.asarray(piece.ids, np.int32))
             positions = np.append(positions, sequence.next_position + np.arange(n, dtype=np.int32))
             cells = np.append(cells, new_cells)
@@ -139,9 +146,19 @@ class Runner:
             "positions": positions.astype(np.int32),
             "cells": cells,
             "spans": spans,
-            "block_table": self._cache.block_table,
+            "block_table": self._cache.block_table[[piece.sequence.row for piece in pieces]],
         }
         return inputs | ({"rows": rows.astype(np.int32)} if shape.n_outputs else {})
+
+    def _contraction(self, pieces: Sequence[tuple[int, int]]) -> str:
+        """Of pieces of (new tokens, positions seen): what BatchShape says of them.
+
+        The CPU finds out as it goes; a device runs what was laid out for it before.
+        """
+        if self._engine.isa != "cuda":
+            return "any"
+        kinds = {self._expands(*piece) for piece in pieces}
+        return "any" if len(kinds) > 1 else "expanded" if True in kinds else "absorbed"
 
     def _expands(self, n_tokens: int, n_cells: int) -> bool:
         engine, config = self._engine, self._engine.config
@@ -159,6 +176,7 @@ class Runner:
                 shape,
                 engine.precision,
                 self._observer,
+                engine.place,
             )
             found = _core.Executor(graph, engine.workspace)
             if len(self._executors) >= _MAX_GRAPHS:

@@ -36,6 +36,7 @@ class FakeModel:
             cache_bytes=3,
             cache_bytes_per_position=4,
             workspace_bytes=5,
+            device_bytes=0,
         )
         self.isa = "baseline"
         self.n_threads = 1

@@ -95,7 +95,8 @@ def test_model_options_arrive(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None
     cli(
         *["run", "a.gguf", "-p", "x", "-c", "64", "-t", "3", "-ctk", "q8_0", "-b", "32"],
         *["--no-mmap", "--mlock", "--precision", "exact", "--attention", "expanded"],
-        *["--isa", "avx2", "--kv-file", "kv", "--device", "cpu"],
+        *["--isa", "avx2", "--kv-file", "kv", "--device", "cpu", "-ngl", "3", "--cpu-moe"],
+        *["-ot", "a=b=cpu", "-ts", "3,1"],
     )
     seen.pop("on_progress")
     assert seen == {
@@ -111,6 +112,10 @@ def test_model_options_arrive(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None
         "isa": "avx2",
         "kv_file": Path("kv"),
         "device": "cpu",
+        "gpu_layers": 3,
+        "cpu_moe": True,
+        "override_tensor": [("a=b", "cpu")],
+        "tensor_split": [3.0, 1.0],
     }
 
 

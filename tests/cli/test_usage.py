@@ -35,7 +35,7 @@ USAGE_ERRORS = [
     (["run", "a.gguf", "-p", "x", "-ctk", "q4_0"], "q8_0"),
     (["run", "a.gguf", "-p", "x", "--precision", "most"], "exact"),
     (["run", "a.gguf", "-p", "x", "--attention", "none"], "absorbed"),
-    (["run", "a.gguf", "-p", "x", "--device", "cuda"], "device 'cuda'"),
+    (["run", "a.gguf", "-p", "x", "--device", "gpu"], "device 'gpu'"),
     (["run", "a.gguf", "-p", "x", "--session", "no/such/place"], "there is no directory"),
     (["synth", "tiny"], "OUT"),
     (["synth", "v9", "out.gguf"], "tiny-v2"),

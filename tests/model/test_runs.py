@@ -264,4 +264,4 @@ def test_unsupported_operation_is_an_error_before_running(model: Model) -> None:
     cache.layout = replace(cache.layout, layers=layers)
     built = r"no backend \(cpu\) supports cache_write\(.*F32 \[256, 256\].*F32 \[4, 64\]"
     with pytest.raises(UnsupportedError, match=built):
-        run.prepare(BatchShape(4, 1, 1))
+        run.prepare(4)

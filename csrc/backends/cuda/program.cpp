@@ -1,5 +1,7 @@
 #include "backends/cuda/program.h"
 
+#include <exception>
+
 namespace mla::cuda {
 
 // Recording and instantiating cost more than a run, so the first one goes without: the ends of
@@ -19,7 +21,7 @@ void CudaProgram::record() {
   begin_recording(backend_.stream());
   try {
     backend_.run(steps_, scratch_, [] {});
-  } catch (...) {
+  } catch (const std::exception&) {
     abandon_recording(backend_.stream());
     throw;
   }

@@ -27,7 +27,7 @@ def load_model(
         attention=options.attention.value,
         cache_type=context.cache_type.value,
         precision=context.precision.value,
-        device=options.device,
+        **options.placement(),
         kv_file=options.kv_file,
         mmap=not context.no_mmap,
         mlock=options.mlock,
@@ -57,6 +57,7 @@ def memory_text(model: Model) -> str:
         f"{bytes_text(memory.cache_bytes)} for {model.n_ctx} positions "
         f"({memory.cache_bytes_per_position} bytes each), workspace "
         f"{bytes_text(memory.workspace_bytes)}"
+        + (f"; on devices {bytes_text(memory.device_bytes)}" if memory.device_bytes else "")
     )
 
 

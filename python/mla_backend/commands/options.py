@@ -109,16 +109,17 @@ class ContextOptions:
         ),
     ] = CacheType.f16
     batch_size: Annotated[
-        int,
+        int | None,
         _option(
             "-b",
             "--batch-size",
             min=1,
             metavar="N",
             panel=_MODEL,
-            help="Prompt tokens computed at a time.",
+            show_default=False,
+            help="Prompt tokens computed at a time; unset: 512, on GPUs 4096.",
         ),
-    ] = 512
+    ] = None
     precision: Annotated[
         Precision,
         _option(
@@ -173,8 +174,51 @@ class ModelOptions:
         ),
     ] = None
     device: Annotated[
-        str, _option("--device", metavar="NAME", panel=_MODEL, help="auto or cpu.")
+        str,
+        _option(
+            "--device",
+            metavar="NAME",
+            panel=_MODEL,
+            help="cpu, cuda or cuda:N; auto: GPUs where there are any.",
+        ),
     ] = "auto"
+    gpu_layers: Annotated[
+        int | None,
+        _option(
+            "-ngl",
+            "--gpu-layers",
+            min=0,
+            metavar="N",
+            panel=_MODEL,
+            show_default=False,
+            help="Layers on GPUs, from the last one on; unset: as many as fit.",
+        ),
+    ] = None
+    cpu_moe: Annotated[
+        bool, _option("--cpu-moe", panel=_MODEL, help="Keep the experts in host memory.")
+    ] = False
+    override_tensor: Annotated[
+        list[str] | None,
+        _option(
+            "-ot",
+            "--override-tensor",
+            metavar="REGEX=DEVICE",
+            panel=_MODEL,
+            show_default=False,
+            help="Put weights whose names match on this device; may be repeated.",
+        ),
+    ] = None
+    tensor_split: Annotated[
+        str | None,
+        _option(
+            "-ts",
+            "--tensor-split",
+            metavar="A,B,..",
+            panel=_MODEL,
+            show_default=False,
+            help="Parts of the layers for each GPU; unset: the first is filled first.",
+        ),
+    ] = None
     mlock: Annotated[
         bool, _option("--mlock", panel=_MODEL, help="Keep the mapped weights in memory.")
     ] = False
@@ -189,6 +233,32 @@ class ModelOptions:
             help="Keep the cache in this file, for contexts larger than memory.",
         ),
     ] = None
+
+    def placement(self) -> dict[str, Any]:
+        """Keyword arguments of ``Model.load``. Raises UsageError."""
+        pairs = []
+        for text in self.override_tensor or ():
+            pattern, found, name = text.rpartition("=")
+            if not (found and pattern and name):
+                raise UsageError(f"--override-tensor {text!r}; accepted is REGEX=DEVICE")
+            pairs.append((pattern, name))
+        try:
+            split = (
+                [float(part) for part in self.tensor_split.split(",")]
+                if (self.tensor_split is not None)
+                else None
+            )
+        except ValueError:
+            raise UsageError(
+                f"--tensor-split {self.tensor_split!r}; accepted are numbers, as in 3,1"
+            ) from None
+        return {
+            "device": self.device,
+            "gpu_layers": self.gpu_layers,
+            "cpu_moe": self.cpu_moe,
+            "override_tensor": pairs,
+            "tensor_split": split,
+        }
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from mla_backend import _core
 from mla_backend.config import ModelConfig
 
-from .inputs import BatchShape, CacheLayout, LayerContext, Leaves, Observer, WeightSource
+from .inputs import (
+    BatchShape,
+    CacheLayout,
+    LayerContext,
+    Leaves,
+    Observer,
+    WeightSource,
+    anywhere,
+)
 from .mla import attention
 from .moe import feed_forward
 from .rope import rope_frequencies
@@ -22,23 +32,29 @@ def build_graph(
     shape: BatchShape,
     precision: str,
     observer: Observer | None = None,
+    place: Callable[[str], str] = anywhere,
 ) -> _core.Graph:
     """One pass of ``shape.n_tokens`` tokens through the model.
 
-    Inputs by name: ids, positions, cells I32 [T]; spans I32 [S, 6]; block_table I32 [sequences,
-    blocks]; rows I32 [n_outputs] if there are any. Output 0: logits F32 [n_outputs, vocab], or,
+    Inputs by name: ids, positions, cells I32 [T]; spans I32 [S, 6]; block_table I32 [S, blocks];
+    rows I32 [n_outputs] if there are any. Output 0: logits F32 [n_outputs, vocab], or,
     without outputs, the hidden states F32 [T, D]. An observer is told of every product with
-    weights.
+    weights. ``place`` tells by the name of a weight where it lies, and so where it is multiplied.
     """
     g = _core.Graph()
     leaves = _leaves(g, config, cache, shape)
+    g.place_on(place("token_embd.weight"))
     embedding = g.weight("token_embd.weight", weights["token_embd.weight"])
     x = g.get_rows(embedding, leaves.ids)  # [T, D]
     for layer in range(config.n_layer):
-        ctx = LayerContext(g, config, weights, leaves, cache, precision, layer, observer)
+        ctx = LayerContext(
+            g, config, weights, leaves, cache, precision, layer, shape.contraction, observer, place
+        )
+        g.place_on(place(f"blk.{layer}."))
         x = attention(ctx, ctx.norm(x, "attn_norm.weight", config.rms_eps), x)
         x = feed_forward(ctx, ctx.norm(x, "ffn_norm.weight", config.rms_eps), x)
     if leaves.rows is not None:
+        g.place_on(place("output.weight"))
         x = g.get_rows(x, leaves.rows)  # [n_outputs, D]
         norm = g.weight("output_norm.weight", weights["output_norm.weight"])
         name = "token_embd.weight" if config.tied_embeddings else "output.weight"
@@ -59,7 +75,7 @@ def _leaves(g: _core.Graph, config: ModelConfig, cache: CacheLayout, shape: Batc
         positions=g.input("positions", "I32", [t]),
         cells=g.input("cells", "I32", [t]),
         spans=g.input("spans", "I32", [shape.n_spans, SPAN_FIELDS]),
-        block_table=g.input("block_table", "I32", [cache.max_sequences, cache.n_blocks]),
+        block_table=g.input("block_table", "I32", [shape.n_spans, cache.n_blocks]),
         rows=g.input("rows", "I32", [shape.n_outputs]) if shape.n_outputs else None,
         frequencies=g.weight(
             "rope_frequencies",

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from mla_backend import _core
 from mla_backend.config import ModelConfig
+
+
+def anywhere(name: str) -> str:
+    """No device in particular."""
+    return ""
 
 
 class WeightSource(Protocol):
@@ -26,11 +32,13 @@ class BatchShape:
         n_tokens: new tokens, T.
         n_outputs: rows of logits.
         n_spans: rows of the span list, at most T sequences.
+        contraction: which ones the spans ask for: "absorbed", "expanded", or "any".
     """
 
     n_tokens: int
     n_outputs: int
     n_spans: int
+    contraction: str = "any"
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,6 @@ class CacheLayout:
 
     layers: tuple[CachePlanes, ...]
     block_cells: int
-    max_sequences: int
     n_blocks: int
 
 
@@ -59,7 +66,7 @@ class Leaves:
     positions: _core.Node  # I32 [T]
     cells: _core.Node  # I32 [T]: where each token's latent goes
     spans: _core.Node  # I32 [S, 6]: see csrc/graph/ops.h
-    block_table: _core.Node  # I32 [sequences, blocks]
+    block_table: _core.Node  # I32 [S, blocks]: of the spans' sequences
     rows: _core.Node | None  # I32 [n_outputs]: tokens whose logits are wanted
     frequencies: _core.Node  # F32 [R / 2]
 
@@ -88,7 +95,9 @@ class LayerContext:
     cache: CacheLayout
     precision: str
     layer: int
+    contraction: str = "any"
     observer: Observer | None = None
+    place: Callable[[str], str] = anywhere
 
     def has(self, name: str) -> bool:
         """Whether the layer has a weight of this name."""
@@ -102,7 +111,17 @@ class LayerContext:
     def linear(self, x: _core.Node, name: str, residual: _core.Node | None = None) -> _core.Node:
         """x [.., K] times the weight ``name`` [N, K] -> [.., N], plus ``residual``."""
         self.observe(x, name)
-        return self.graph.matmul(x, self.weight(name), residual, self.precision)
+        with self.beside(name):
+            return self.graph.matmul(x, self.weight(name), residual, self.precision)
+
+    @contextmanager
+    def beside(self, name: str) -> Iterator[None]:
+        """Nodes made within are computed where the weight ``name`` lies, others with the layer."""
+        self.graph.place_on(self.place(f"blk.{self.layer}.{name}"))
+        try:
+            yield
+        finally:
+            self.graph.place_on(self.place(f"blk.{self.layer}."))
 
     def observe(self, x: _core.Node, *names: str, ids: _core.Node | None = None) -> None:
         """Tell the observer, if there is one, that x meets the layer's weights ``names``."""

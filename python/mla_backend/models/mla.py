@@ -55,6 +55,7 @@ def attention(ctx: LayerContext, x: _core.Node, residual: _core.Node) -> _core.N
         k_b_transposed=config.layout == "legacy",
         block_cells=ctx.cache.block_cells,
         precision=ctx.precision,
+        contraction=ctx.contraction,
     )
     observed = ctx.observer is not None
     out = _observed(ctx, attend, q_nope, c, v_b) if observed else attend(v_b=v_b)  # [T, H, V]

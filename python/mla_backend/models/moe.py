@@ -23,12 +23,13 @@ def feed_forward(ctx: LayerContext, x: _core.Node, residual: _core.Node) -> _cor
 
 def _dense(ctx: LayerContext, suffix: str, x: _core.Node, residual: _core.Node) -> _core.Node:
     ctx.observe(x, f"ffn_gate{suffix}.weight", f"ffn_up{suffix}.weight")
-    hidden = ctx.graph.swiglu_matmul(
-        x,
-        ctx.weight(f"ffn_gate{suffix}.weight"),
-        ctx.weight(f"ffn_up{suffix}.weight"),
-        precision=ctx.precision,
-    )
+    with ctx.beside(f"ffn_gate{suffix}.weight"):
+        hidden = ctx.graph.swiglu_matmul(
+            x,
+            ctx.weight(f"ffn_gate{suffix}.weight"),
+            ctx.weight(f"ffn_up{suffix}.weight"),
+            precision=ctx.precision,
+        )
     return ctx.linear(hidden, f"ffn_down{suffix}.weight", residual)
 
 
@@ -49,14 +50,16 @@ def _routed(ctx: LayerContext, moe: MoeConfig, x: _core.Node, residual: _core.No
         scale=moe.weights_scale,
     )
     ctx.observe(x, "ffn_gate_exps.weight", "ffn_up_exps.weight", ids=ids)
-    hidden = g.swiglu_matmul(
-        x,
-        ctx.weight("ffn_gate_exps.weight"),
-        ctx.weight("ffn_up_exps.weight"),
-        ids,
-        ctx.precision,
-    )  # [T, A, F]
+    with ctx.beside("ffn_gate_exps.weight"):
+        hidden = g.swiglu_matmul(
+            x,
+            ctx.weight("ffn_gate_exps.weight"),
+            ctx.weight("ffn_up_exps.weight"),
+            ids,
+            ctx.precision,
+        )  # [T, A, F]
     ctx.observe(hidden, "ffn_down_exps.weight", ids=ids)
-    return g.matmul_indexed(
-        hidden, ctx.weight("ffn_down_exps.weight"), ids, weights, residual, ctx.precision
-    )
+    with ctx.beside("ffn_down_exps.weight"):
+        return g.matmul_indexed(
+            hidden, ctx.weight("ffn_down_exps.weight"), ids, weights, residual, ctx.precision
+        )
