@@ -5,11 +5,14 @@
 set(MLA_CUDA "" CACHE STRING "auto, on or off; empty: the environment's MLA_CUDA, else auto")
 set(MLA_CUDA_ARCHS "" CACHE STRING
     "90a-real;80-virtual;..., or all; empty: the environment's MLA_CUDA_ARCHS, else the GPUs here")
+option(MLA_CUDA_TESTS "Build the programs of tests/cuda, for a device or emulated" OFF)
 option(MLA_CUDA_EMULATE "Build _cuda_emulated, which runs the kernels on the CPU, for tests" OFF)
 
 file(GLOB_RECURSE MLA_CUDA_KERNELS CONFIGURE_DEPENDS csrc/backends/cuda/*.cu)
-file(GLOB_RECURSE MLA_CUDA_SOURCES CONFIGURE_DEPENDS csrc/backends/cuda/*.cpp
-     csrc/bindings/cuda/*.cpp csrc/bindings/register_errors.cpp)
+file(GLOB_RECURSE MLA_CUDA_SOURCES CONFIGURE_DEPENDS csrc/backends/cuda/*.cpp)
+file(GLOB MLA_CUDA_BINDINGS CONFIGURE_DEPENDS csrc/bindings/cuda/*.cpp
+     csrc/bindings/register_errors.cpp)
+file(GLOB MLA_CUDA_TEST_SOURCES CONFIGURE_DEPENDS tests/cuda/test_*.cu)
 
 # ---- what is there ------------------------------------------------------------------------------
 # Wheels put the compiler and the headers beside each other into site-packages/nvidia/cu<version>.
@@ -128,7 +131,8 @@ function(mla_compile_cuda source out)
   add_custom_command(
     OUTPUT ${object}
     COMMAND ${CMAKE_CXX_COMPILER_LAUNCHER} ${MLA_NVCC} -ccbin ${CMAKE_CXX_COMPILER} ${MLA_NVCC_FLAGS}
-            -I${CMAKE_CURRENT_SOURCE_DIR}/csrc -MD -MT ${object} -MF ${object}.d -c ${source} -o ${object}
+            -I${CMAKE_CURRENT_SOURCE_DIR}/csrc -I${CMAKE_CURRENT_SOURCE_DIR}/tests/cuda
+            -MD -MT ${object} -MF ${object}.d -c ${source} -o ${object}
     DEPENDS ${source}
     DEPFILE ${object}.d
     COMMENT "Compiling ${name}"
@@ -153,13 +157,25 @@ if(MLA_CUDA_BUILD)
   endforeach()
   # A target of their own, or the slowest files would wait for mla_core.
   add_custom_target(mla_cuda_objects DEPENDS ${objects})
-  pybind11_add_module(_cuda MODULE NO_EXTRAS ${MLA_CUDA_SOURCES} ${objects})
-  add_dependencies(_cuda mla_cuda_objects)
+  add_library(mla_cuda STATIC ${MLA_CUDA_SOURCES} ${objects})
+  add_dependencies(mla_cuda mla_cuda_objects)
+  target_include_directories(mla_cuda SYSTEM PUBLIC ${MLA_CUDA_TOOLKIT}/include)
+  target_link_libraries(mla_cuda PUBLIC mla_core ${MLA_CUDART} ${CMAKE_DL_LIBS} rt)
+  pybind11_add_module(_cuda MODULE NO_EXTRAS ${MLA_CUDA_BINDINGS})
   target_compile_definitions(_cuda PRIVATE MLA_CUDA_MODULE=_cuda)
-  target_include_directories(_cuda SYSTEM PRIVATE ${MLA_CUDA_TOOLKIT}/include)
-  target_link_libraries(_cuda PRIVATE mla_core ${MLA_CUDART} ${CMAKE_DL_LIBS} rt)
+  target_link_libraries(_cuda PRIVATE mla_cuda)
   target_link_options(_cuda PRIVATE -Wl,--exclude-libs,ALL)
   install(TARGETS _cuda LIBRARY DESTINATION mla_backend)
+  if(MLA_CUDA_TESTS)
+    foreach(source IN LISTS MLA_CUDA_TEST_SOURCES)
+      get_filename_component(name ${source} NAME_WE)
+      set(object "")
+      mla_compile_cuda(${source} object)
+      add_executable(cuda_${name} ${object})
+      set_target_properties(cuda_${name} PROPERTIES LINKER_LANGUAGE CXX)
+      target_link_libraries(cuda_${name} PRIVATE mla_cuda)
+    endforeach()
+  endif()
   string(REPLACE ";" ", " shown "${mla_archs}")
   message(STATUS "CUDA: built by ${MLA_NVCC} for ${shown}")
 endif()
@@ -190,16 +206,24 @@ if(MLA_CUDA_EMULATE)
     list(APPEND flags -mavx2 -mfma -mf16c)
   endif()
 
-  add_library(mla_cuda_emulated STATIC ${MLA_CUDA_KERNELS} ${MLA_EMULATOR})
-  set_source_files_properties(${MLA_CUDA_KERNELS} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-x;c++")
+  add_library(mla_cuda_emulated STATIC ${MLA_CUDA_KERNELS} ${sources} ${MLA_EMULATOR})
+  set_source_files_properties(${MLA_CUDA_KERNELS} ${MLA_CUDA_TEST_SOURCES} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-x;c++")
   target_compile_definitions(mla_cuda_emulated PUBLIC MLA_CUDA_EMULATE)
   target_compile_options(mla_cuda_emulated PRIVATE ${flags} -Wno-pedantic)
   target_include_directories(mla_cuda_emulated PUBLIC tests/cuda)
   target_include_directories(mla_cuda_emulated SYSTEM PUBLIC ${MLA_CUDA_HEADERS})
   target_link_libraries(mla_cuda_emulated PUBLIC mla_core)
 
-  pybind11_add_module(_cuda_emulated MODULE NO_EXTRAS ${sources})
+  pybind11_add_module(_cuda_emulated MODULE NO_EXTRAS ${MLA_CUDA_BINDINGS})
   target_compile_definitions(_cuda_emulated PRIVATE MLA_CUDA_MODULE=_cuda_emulated)
   target_link_libraries(_cuda_emulated PRIVATE mla_cuda_emulated)
+  if(MLA_CUDA_TESTS)
+    foreach(source IN LISTS MLA_CUDA_TEST_SOURCES)
+      get_filename_component(name ${source} NAME_WE)
+      add_executable(emulated_${name} ${source})
+      target_compile_options(emulated_${name} PRIVATE ${flags} -Wno-pedantic)
+      target_link_libraries(emulated_${name} PRIVATE mla_cuda_emulated)
+    endforeach()
+  endif()
   message(STATUS "CUDA: emulated, with the headers of ${MLA_CUDA_HEADERS}")
 endif()

@@ -80,8 +80,12 @@ int runtime_version() {
 }
 
 DeviceInfo device_info(int index) {
-  MLA_CHECK(DeviceError, index >= 0 && index < device_count(), "CUDA device ", index,
-            " does not exist; there are ", device_count(), " ", device_problem());
+  MLA_CHECK(
+      DeviceError,
+      index >= 0 &&
+              index<device_count(), "CUDA device ", index, " does not exist: ", device_count()> 0
+          ? concat("there are ", device_count())
+          : device_problem());
   cudaDeviceProp properties{};
   check(cudaGetDeviceProperties(&properties, index), "reading the device's properties");
   DeviceInfo info;

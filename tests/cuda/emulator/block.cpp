@@ -148,10 +148,22 @@ void leave() {
   switch_context(&abandoned, block->host);
 }
 
+// The next one that is ready, counted on from the running thread: nobody is passed over for ever.
+int take_ready_in_turn() {
+  for (int i = 1; i <= block->n_threads; ++i) {
+    const int thread = (block->current + i) % block->n_threads;
+    uint32_t& ready = warp_of(thread).ready;
+    if ((ready & bit_of(thread)) == 0) continue;
+    ready &= ~bit_of(thread);
+    if (ready == 0) block->ready_warps &= ~(1u << (thread / kLanes));
+    return thread;
+  }
+  return -1;
+}
+
 // Suspends the running thread, which is `ready` or waits for something.
-void run_another() {
+void run_another(int next) {
   const int self = block->current;
-  const int next = take_ready();
   if (next < 0) fail("the block is stuck:" + who_waits());
   if (next == self) return;
   block->current = next;
@@ -205,7 +217,7 @@ void end_thread() {
     if (b.arrived > 0 && b.expected == 0) (void)release_if_complete(b);
   }
   if (block->n_alive == 0) leave();
-  run_another();
+  run_another(take_ready());
 }
 
 void thread_main() {
@@ -343,7 +355,7 @@ void collective(uint32_t mask, void* operand, Resolve resolve, const char* name)
     if (w.ready == 0) block->ready_warps &= ~(1u << (self / kLanes));
     return;
   }
-  run_another();
+  run_another(take_ready());
 }
 
 void barrier(int id, int n_threads, bool waits) {
@@ -360,12 +372,12 @@ void barrier(int id, int n_threads, bool waits) {
   ++b.arrived;
   if (release_if_complete(b) || !waits) return;
   b.waiting[self / kLanes] |= bit_of(self);
-  run_another();
+  run_another(take_ready());
 }
 
 void yield() {
   set_ready(block->current / kLanes, bit_of(block->current));
-  run_another();
+  run_another(take_ready_in_turn());
 }
 
 int block_reduce(int value, int (*combine)(int, int)) {

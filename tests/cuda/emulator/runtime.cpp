@@ -83,7 +83,7 @@ int driver_version() { return runtime_version(); }
 int runtime_version() { return 13000; }
 
 DeviceInfo device_info(int index) {
-  MLA_CHECK(DeviceError, index == 0, "CUDA device ", index, " does not exist; there is 1");
+  MLA_CHECK(DeviceError, index == 0, "CUDA device ", index, " does not exist: there are 1");
   DeviceInfo info;
   info.name = "emulated";
   const int capability = setting("MLA_EMULATOR_CAPABILITY", 90);
@@ -97,7 +97,7 @@ DeviceInfo device_info(int index) {
 }
 
 void use_device(int index) {
-  MLA_CHECK(DeviceError, index == 0, "CUDA device ", index, " does not exist; there is 1");
+  MLA_CHECK(DeviceError, index == 0, "CUDA device ", index, " does not exist: there are 1");
 }
 
 bool enable_peer(int, int) { return false; }
