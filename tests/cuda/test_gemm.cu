@@ -212,6 +212,8 @@ void products(Context& t) {
            {.m = 1, .n = 1, .k = 1},
            {.m = 70, .n = 130, .k = 40},
            {.m = 126, .n = 251, .k = 100},
+           {.m = 61, .n = 250, .k = 136, .residual = true},
+           {.m = 64, .n = 100, .k = 300, .fused = true},
            {.m = 250, .n = 120, .k = 72, .operand = bf16, .residual = true},
            {.m = 130, .n = 257, .k = 72, .residual = true},
            {.m = 65, .n = 66, .k = 100, .operand = bf16, .residual = true, .odd_stride = true},
@@ -228,6 +230,8 @@ void products(Context& t) {
   for (const GroupedCase& c : std::initializer_list<GroupedCase>{
            {.tokens = 40, .per_token = 3, .experts = 7, .n = 70, .k = 64},
            {.tokens = 150, .per_token = 3, .experts = 2, .n = 120, .k = 104},
+           {.tokens = 40, .per_token = 3, .experts = 7, .n = 200, .k = 168},
+           {.tokens = 30, .per_token = 4, .experts = 7, .n = 110, .k = 328, .fused = true},
            {.tokens = 90, .per_token = 4, .experts = 5, .n = 40, .k = 72, .stray_ids = true},
            {.tokens = 60,
            .per_token = 2,
@@ -250,12 +254,15 @@ void products(Context& t) {
 }
 
 void all(Context& t) {
-  // Few multiprocessors: large tiles, several per block.
-  for (const int n_sm : {1, t.device.n_sm}) {
-    Context with = t;
-    with.device.n_sm = n_sm;
-    products(with);
-    t.good = t.good && with.good;
+  // Few multiprocessors: large tiles, several per block. Capability 8.0: the way of older devices.
+  for (const int major : {t.device.major, 8}) {
+    for (const int n_sm : {1, t.device.n_sm}) {
+      Context with = t;
+      with.device.major = major, with.device.n_sm = n_sm;
+      products(with);
+      t.good = t.good && with.good;
+    }
+    if (!has_wgmma(t.device)) break;
   }
 }
 

@@ -49,9 +49,10 @@ int64_t dense_tiles(const Gemm& g, int tile_m, int tile_n) {
          g.n_batch;
 }
 
-// Expected tiles along m: every expert's last one is half empty.
+// Expected tiles along m: every expert has one, and its last one is half empty.
 int64_t grouped_row_tiles(const GroupedGemm& g, int64_t rows, int tile_m) {
-  return ceil_div(rows, tile_m) + ceil_div(std::min<int64_t>(g.n_experts, rows), 2);
+  const int64_t experts = std::min<int64_t>(g.n_experts, rows);
+  return std::max(experts, ceil_div(rows, tile_m) + ceil_div(experts, 2));
 }
 
 int64_t blocks(int64_t tiles, const Shape& shape, const DeviceInfo& device) {

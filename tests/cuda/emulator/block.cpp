@@ -6,6 +6,7 @@
 #include <memory>
 #include <mutex>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "base/error.h"
@@ -27,6 +28,8 @@ constexpr int kMaxWarps = kMaxThreads / kLanes;
 constexpr int kBarriers = 16;
 constexpr size_t kStaticLimitBytes = 48 * 1024;
 constexpr size_t kDynamicLimitBytes = 227 * 1024;
+// A thread that still yields after this many others' turns waits for what will never come.
+constexpr int kIdleRounds = 10000;
 constexpr size_t kCanaryBytes = 1024;
 constexpr size_t kDynamicAlignment = 1024;
 // Not a number in every float format, far out of range as an index.
@@ -41,6 +44,7 @@ struct Arrival {
 struct Warp {
   uint32_t alive = 0;
   uint32_t ready = 0;
+  uint32_t yielded = 0;  // can run, once no other can
   uint32_t waiting = 0;  // at a collective
   void* operands[kLanes] = {};
   Arrival arrivals[kLanes];
@@ -72,6 +76,7 @@ struct Block {
   bool reverse = false;
   bool pdl_waited = false;
   uint32_t ready_warps = 0;
+  int n_idle_rounds = 0;  // of yields only
   Warp warps[kMaxWarps];
   Barrier barriers[kBarriers];
   Context contexts[kMaxThreads] = {};
@@ -99,11 +104,20 @@ void set_ready(int warp, uint32_t lanes) {
   if (lanes != 0) block->ready_warps |= 1u << warp;
 }
 
+// Those that yielded are ready again.
+void end_round() {
+  for (int warp = 0; warp * kLanes < block->n_threads; ++warp) {
+    set_ready(warp, std::exchange(block->warps[warp].yielded, 0));
+  }
+  ++block->n_idle_rounds;
+}
+
 // The next thread to run, out of those that are ready; -1: none is.
 int take_ready() {
   int warp = block->current / kLanes;
   if (block->warps[warp].ready == 0) {
-    if (block->ready_warps == 0) return -1;
+    if (block->ready_warps == 0) end_round();
+    if (block->ready_warps == 0 || block->n_idle_rounds > kIdleRounds) return -1;
     warp = pick(block->ready_warps);
   }
   uint32_t& ready = block->warps[warp].ready;
@@ -128,6 +142,9 @@ std::string who_waits() {
   std::string text;
   for (int warp = 0; warp < kMaxWarps; ++warp) {
     const Warp& w = block->warps[warp];
+    if (w.yielded != 0) {
+      text += concat("\n  threads ", thread_list(w.yielded | w.ready, warp), " wait in a loop");
+    }
     if (w.waiting != 0) {
       text += concat("\n  threads ", thread_list(w.waiting, warp), " wait in ",
                      w.arrivals[std::countr_zero(w.waiting)].name);
@@ -188,6 +205,7 @@ bool resolve_if_complete(Warp& w, int warp, const Arrival& arrival) {
   }
   w.waiting &= ~lanes;
   arrival.resolve(operands, lanes);
+  block->n_idle_rounds = 0;
   set_ready(warp, lanes);
   return true;
 }
@@ -199,6 +217,7 @@ bool release_if_complete(Barrier& b) {
     b.waiting[warp] = 0;
   }
   b.arrived = 0;
+  block->n_idle_rounds = 0;
   return true;
 }
 
@@ -208,6 +227,7 @@ void end_thread() {
   Warp& w = warp_of(self);
   w.alive &= ~bit_of(self);
   --block->n_alive;
+  block->n_idle_rounds = 0;
   for (uint32_t left = w.waiting; left != 0; left &= left - 1) {
     const int lane = std::countr_zero(left);
     if ((w.waiting >> lane & 1u) != 0)
@@ -247,13 +267,14 @@ void start_block(Stacks& stacks) {
   const int n = block->n_threads;
   block->n_alive = n;
   block->ready_warps = 0;
+  block->n_idle_rounds = 0;
   block->pdl_waited = false;
   for (Barrier& b : block->barriers) b = {};
   for (int warp = 0; warp * kLanes < n; ++warp) {
     const int n_lanes = n - warp * kLanes;
     Warp& w = block->warps[warp];
     w.alive = n_lanes >= kLanes ? ~0u : (1u << n_lanes) - 1;
-    w.ready = w.waiting = 0;
+    w.ready = w.waiting = w.yielded = 0;
     set_ready(warp, w.alive);
   }
   for (int i = 0; i < n; ++i) {
