@@ -11,11 +11,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --no-build-isolation
 
 SOURCES := $(shell find csrc python -type f ! -name '*.pyc' ! -name '*.so') CMakeLists.txt pyproject.toml
-CXX_FILES := $(shell find csrc tests/selfcheck -name '*.h' -o -name '*.cpp')
+CXX_FILES := $(shell find csrc tests/selfcheck tests/cuda bench/cuda -name '*.h' -o -name '*.cpp' \
+                     -o -name '*.cu' -o -name '*.cuh')
 ASAN_TESTS ?= tests/gguf tests/graph tests/test_memory.py tests/test_quant.py tests/ops
 
 .PHONY: all build test demo bench format check stubs check-stubs sanitize asan tsan aarch64 \
-        aarch64-build develop dist clean
+        aarch64-build cuda-all cuda-programs emulated develop dist clean
 
 all: build
 
@@ -112,6 +113,28 @@ aarch64-build: $(VENV)/.tools
 
 aarch64: aarch64-build
 	qemu-aarch64 build/aarch64/mla_selfcheck
+
+# ---- CUDA ---------------------------------------------------------------------------------------
+# What a wheel would carry: every architecture. Prints how long it took and how large it is.
+cuda-all: $(VENV)/.tools
+	cmake --preset cuda-all $(PYTHON_HINTS)
+	cmake --build build/cuda-all --target mla_core
+	start=$$(date +%s); cmake --build build/cuda-all --target _cuda; \
+	strip -o build/cuda-all/stripped.so build/cuda-all/_cuda*.so; \
+	echo "_cuda for all architectures: $$(($$(date +%s) - start)) s," \
+	"$$(stat -c %s build/cuda-all/stripped.so) bytes"
+
+# The programs of tests/cuda on a GPU of this machine.
+cuda-programs: $(VENV)/.tools
+	cmake --preset cuda $(PYTHON_HINTS)
+	cmake --build build/cuda
+	set -e; for program in build/cuda/cuda_test_*; do echo "== $$program"; $$program; done
+
+# The same on the CPU, and the module that runs every kernel there. Needs CUDA's headers, no GPU.
+emulated: $(VENV)/.tools
+	cmake --preset emulated $(PYTHON_HINTS)
+	cmake --build build/emulated
+	set -e; for program in build/emulated/emulated_test_*; do echo "== $$program"; $$program; done
 
 clean:
 	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
