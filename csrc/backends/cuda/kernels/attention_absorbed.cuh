@@ -31,10 +31,10 @@ inline constexpr int kWeightRowBytes = kTileCells * 2;         // 8 chunks, swiz
 __host__ __device__ inline constexpr int absorbed_cell_parts(int rows) {
   return rows == 64 ? kTileWarps / 2 : kTileWarps;
 }
-// What is not tiles: q (64 rows only), weights, maxima of each part of the cells, factors.
+// What is not tiles: q (64 rows only), weights, maxima of each part of the cells, factors, limits.
 __host__ __device__ inline constexpr int absorbed_fixed_bytes(int rows) {
   return (rows == 64 ? rows * kRowChunks * kChunk : 0) + rows * kWeightRowBytes +
-         rows * (absorbed_cell_parts(rows) + 1) * 4;
+         rows * (absorbed_cell_parts(rows) + 2) * 4;
 }
 __host__ __device__ inline constexpr int absorbed_smem_bytes(int rows, bool q8, int n_stages) {
   const int tiles = q8 ? kTileBytes + (n_stages > 0 ? kRawBytes : 0) : n_stages * kTileBytes;
@@ -44,29 +44,18 @@ __host__ __device__ inline constexpr int absorbed_smem_bytes(int rows, bool q8, 
 template <class T, int kRows, bool kQ8>
 class AbsorbedBlock {
  public:
-  __device__ AbsorbedBlock(const AttentionArgs& a, const AbsorbedPlan& plan, std::byte* smem)
-      : a_(a), plan_(plan), variant_(plan.variants[kRows == 64 ? kWide : kNarrow]), tiles_(smem) {
-    std::byte* at =
-        smem + absorbed_smem_bytes(kRows, kQ8, variant_.n_stages) - absorbed_fixed_bytes(kRows);
-    if constexpr (!kQueryInRegisters) {
-      q_ = at;
-      at += kRows * kRowChunks * kChunk;
-    }
-    weights_ = at;
-    maxima_ = reinterpret_cast<float*>(at + kRows * kWeightRowBytes);
-    factors_ = maxima_ + kRows * kCellParts;
-  }
+  __device__ AbsorbedBlock(const AttentionArgs& a, const AbsorbedPlan& plan)
+      : a_(a), plan_(plan), variant_(plan.variants[kRows == 64 ? kWide : kNarrow]) {}
 
   // Tiles [begin, end) of unit `unit` of the span, the rows that are number `sub` of its fold.
-  __device__ void run(const WorkEntry& entry, int unit, int sub, int begin, int end, int64_t slot) {
+  __device__ void run(const WorkEntry& entry, int unit, int sub, int begin, int end, int slot) {
     const int first_row = (unit * variant_.fold + sub) * kRows;
     const int n_rows = min(entry.n_tokens * a_.h - first_row, kRows);
     const Span span = entry.span();
     const int seen = visible_cells(span, (first_row + n_rows - 1) / a_.h);
     end = min(end, ceil_div(seen, kTileCells));
-    float* lse = variant_.lse + slot * kRows;
     if (begin >= end) {  // all of it is later than these tokens
-      if (threadIdx.x < kRows) lse[threadIdx.x] = kMinusInf;
+      if (threadIdx.x < kRows) variant_.lse[int64_t{slot} * kRows + threadIdx.x] = kMinusInf;
       return;
     }
     start(span, first_row, n_rows, begin);
@@ -79,7 +68,7 @@ class AbsorbedBlock {
         issue(tile + 1 < end, span, tile + 1);
       }
     }
-    finish(n_rows, lse, variant_.parts + slot * kRows * kLatentDims * int64_t{sizeof(T)});
+    finish(n_rows, slot);
   }
 
  private:
@@ -98,9 +87,25 @@ class AbsorbedBlock {
     return warp() / kCellParts * 32 + m * 16 + half * 8 + lane() / 4;
   }
 
-  // ---- copies -----------------------------------------------------------------------------------
-  __device__ std::byte* stage(int index) const { return tiles_ + index * kTileBytes; }
+  // ---- shared memory: q (64 rows only), weights, maxima, factors, limits, tiles
+  // --------------------------- Every place is known when the code is compiled and takes no
+  // register.
+  static constexpr int kQueryBytes = kQueryInRegisters ? 0 : kRows * kRowChunks * kChunk;
+  static constexpr int kMaximaAt = kQueryBytes + kRows * kWeightRowBytes;
+  __device__ static std::byte* queries() { return dynamic_smem(); }
+  __device__ static std::byte* weights() { return dynamic_smem() + kQueryBytes; }
+  __device__ static float* maxima() {  // [kCellParts][kRows]
+    return reinterpret_cast<float*>(dynamic_smem() + kMaximaAt);
+  }
+  __device__ static float* factors() { return maxima() + kRows * kCellParts; }  // [kRows]
+  __device__ static int* limits() {  // [kRows]: cells that the row sees
+    return reinterpret_cast<int*>(factors() + kRows);
+  }
+  __device__ static std::byte* stage(int index) {
+    return dynamic_smem() + absorbed_fixed_bytes(kRows) + index * kTileBytes;
+  }
 
+  // ---- copies -----------------------------------------------------------------------------------
   // Asks for the rows of `tile`, which are known, and looks up those of the tile after it.
   __device__ void issue(bool has, const Span& span, int tile) {
     if (has) {
@@ -150,12 +155,14 @@ class AbsorbedBlock {
   }
 
   __device__ void start(const Span& span, int first_row, int n_rows, int tile) {
+    if (threadIdx.x < kRows) {
+      const int row = static_cast<int>(threadIdx.x);
+      limits()[row] = row < n_rows ? visible_cells(span, (first_row + row) / a_.h) : 0;
+    }
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = score_row(m, half);
-        limit_[m][half] = row < n_rows ? visible_cells(span, (first_row + row) / a_.h) : 0;
         max_[m][half] = kMinusInf;
         sum_[m][half] = 0.0f;
       }
@@ -167,12 +174,12 @@ class AbsorbedBlock {
         for (float& x : out_[m][n]) x = 0.0f;
       }
     }
-    rows_ = find_rows(a_, span, tile);
     // With one stage q and the tile share it; else q takes the place that is read last.
     const bool one_stage = !kQ8 && variant_.n_stages == 1;
-    std::byte* q = q_;
+    std::byte* q = queries();
     if constexpr (kQueryInRegisters) q = stage(kQ8 || one_stage ? 0 : stage_ ^ 1);
     copy_queries(span, first_row, n_rows, q);
+    rows_ = find_rows(a_, span, tile);
     if (!(kQueryInRegisters && one_stage)) issue(true, span, tile);
     if constexpr (kQueryInRegisters) {
       cp_async_commit();
@@ -196,18 +203,16 @@ class AbsorbedBlock {
     const int matrix = lane() / 8, r = lane() % 8;
     const int cell = cell_part() * kCellTiles * 8;
     if constexpr (kQueryInRegisters) {
-      float chains[4][4] = {};  // a product's latency is that of several products
+      float chains[2][4] = {};  // two warps a scheduler: four products under way hide their latency
 #pragma unroll
       for (int k = 0; k < kSteps; k += 2) {
         uint32_t b[4];
         ldmatrix_x4(b, chunk_at(cells, cell + r, matrix, 2 * k));
-        mma<T>(chains[k % 4], q_fragments_[k], {b[0], b[1]});
-        mma<T>(chains[k % 4 + 1], q_fragments_[k + 1], {b[2], b[3]});
+        mma<T>(chains[0], q_fragments_[k], {b[0], b[1]});
+        mma<T>(chains[1], q_fragments_[k + 1], {b[2], b[3]});
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s[0][0][i] = (chains[0][i] + chains[1][i]) + (chains[2][i] + chains[3][i]);
-      }
+      for (int i = 0; i < 4; ++i) s[0][0][i] = chains[0][i] + chains[1][i];
     } else {
 #pragma unroll 4  // the places of the swizzle repeat
       for (int k = 0; k < kSteps; ++k) {
@@ -216,7 +221,7 @@ class AbsorbedBlock {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
           uint32_t q[4];
-          load_query(q, q_, warp() / kCellParts * 32 + m * 16, k);
+          load_query(q, queries(), warp() / kCellParts * 32 + m * 16, k);
           mma<T>(s[m][0], q, {b[0], b[1]});
           mma<T>(s[m][1], q, {b[2], b[3]});
         }
@@ -234,18 +239,19 @@ class AbsorbedBlock {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float top = kMinusInf;
+        const int limit = limits()[score_row(m, half)];
 #pragma unroll
         for (int n = 0; n < kCellTiles; ++n) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float& x = s[m][n][2 * half + i];
-            if (cell + n * 8 + i >= limit_[m][half]) x = kMinusInf;
+            if (cell + n * 8 + i >= limit) x = kMinusInf;
             top = fmaxf(top, x);
           }
         }
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        if (lane() % 4 == 0) maxima_[cell_part() * kRows + score_row(m, half)] = top;
+        if (lane() % 4 == 0) maxima()[cell_part() * kRows + score_row(m, half)] = top;
       }
     }
     __syncthreads();
@@ -261,19 +267,19 @@ class AbsorbedBlock {
     const int row = score_row(m, half);
     float top = max_[m][half];
 #pragma unroll
-    for (int part = 0; part < kCellParts; ++part) top = fmaxf(top, maxima_[part * kRows + row]);
+    for (int part = 0; part < kCellParts; ++part) top = fmaxf(top, maxima()[part * kRows + row]);
     const float origin = top == kMinusInf ? 0.0f : top;  // nothing seen so far: all weights are 0
     const float factor = exp2_approx(max_[m][half] - origin);
     max_[m][half] = top;
     sum_[m][half] *= factor;
-    if (cell_part() == 0 && lane() % 4 == 0) factors_[row] = factor;
+    if (cell_part() == 0 && lane() % 4 == 0) factors()[row] = factor;
 #pragma unroll
     for (int n = 0; n < kCellTiles; ++n) {
       const float lo = exp2_approx(s[n][2 * half] - origin);
       const float hi = exp2_approx(s[n][2 * half + 1] - origin);
       sum_[m][half] += lo + hi;
       const int chunk = (cell_part() * kCellTiles + n) ^ (row & 7);
-      *reinterpret_cast<uint32_t*>(weights_ + row * kWeightRowBytes + chunk * kChunk +
+      *reinterpret_cast<uint32_t*>(weights() + row * kWeightRowBytes + chunk * kChunk +
                                    lane() % 4 * 4) = pack_operands<T>(lo, hi);
     }
   }
@@ -284,7 +290,7 @@ class AbsorbedBlock {
     std::byte* columns = cells + warp() * (kColumnTiles * kChunk);
 #pragma unroll
     for (int m = 0; m < kOutTiles; ++m) {
-      const float top = factors_[m * 16 + lane() / 4], low = factors_[m * 16 + 8 + lane() / 4];
+      const float top = factors()[m * 16 + lane() / 4], low = factors()[m * 16 + 8 + lane() / 4];
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
         out_[m][n][0] *= top;
@@ -300,7 +306,7 @@ class AbsorbedBlock {
       for (int m = 0; m < kOutTiles; ++m) {
         const int row = m * 16 + (matrix & 1) * 8 + r;
         const int chunk = (2 * k + matrix / 2) ^ (row & 7);
-        ldmatrix_x4(w[m], weights_ + row * kWeightRowBytes + chunk * kChunk);
+        ldmatrix_x4(w[m], weights() + row * kWeightRowBytes + chunk * kChunk);
       }
 #pragma unroll
       for (int n = 0; n < kColumnTiles; n += 2) {
@@ -317,7 +323,7 @@ class AbsorbedBlock {
 
   // ---- the end of a piece -----------------------------------------------------------------------
   // Sums of all parts of the cells, then o / l and the part's weight.
-  __device__ void finish(int n_rows, float* lse, std::byte* part) {
+  __device__ void finish(int n_rows, int slot) {
     __syncthreads();  // maxima and factors have been read
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -326,14 +332,15 @@ class AbsorbedBlock {
         float sum = sum_[m][half];
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        if (lane() % 4 == 0) maxima_[cell_part() * kRows + score_row(m, half)] = sum;
-        if (lane() % 4 == 0 && cell_part() == 0) factors_[score_row(m, half)] = max_[m][half];
+        if (lane() % 4 == 0) maxima()[cell_part() * kRows + score_row(m, half)] = sum;
+        if (lane() % 4 == 0 && cell_part() == 0) factors()[score_row(m, half)] = max_[m][half];
       }
     }
     __syncthreads();
     if (threadIdx.x < kRows) {
       const float sum = row_sum(static_cast<int>(threadIdx.x));
-      lse[threadIdx.x] = sum == 0.0f ? kMinusInf : factors_[threadIdx.x] + log2f(sum);
+      variant_.lse[int64_t{slot} * kRows + threadIdx.x] =
+          sum == 0.0f ? kMinusInf : factors()[threadIdx.x] + log2f(sum);
     }
 #pragma unroll
     for (int m = 0; m < kOutTiles; ++m) {
@@ -343,8 +350,8 @@ class AbsorbedBlock {
         const float sum = row_sum(row);
         const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
         if (row >= n_rows) continue;
-        auto* to = reinterpret_cast<uint32_t*>(part) +
-                   (row * kLatentDims + warp() * kWarpColumns) / 2 + lane() % 4;
+        const int64_t at = (int64_t{slot} * kRows + row) * kLatentDims + warp() * kWarpColumns;
+        auto* to = reinterpret_cast<uint32_t*>(variant_.parts) + at / 2 + lane() % 4;
 #pragma unroll
         for (int n = 0; n < kColumnTiles; ++n) {
           to[n * 4] =
@@ -358,21 +365,18 @@ class AbsorbedBlock {
   __device__ float row_sum(int row) const {
     float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kCellParts; ++i) sum += maxima_[i * kRows + row];
+    for (int i = 0; i < kCellParts; ++i) sum += maxima()[i * kRows + row];
     return sum;
   }
 
   const AttentionArgs& a_;
   const AbsorbedPlan& plan_;
   const AbsorbedVariant& variant_;
-  std::byte *tiles_, *q_ = nullptr, *weights_;
-  float *maxima_, *factors_;
   int stage_ = 0;  // where the tile in flight goes
   TileRows rows_;  // of the next tile to ask for
   uint32_t q_fragments_[kQueryInRegisters ? kSteps : 1][4];
   float out_[kOutTiles][kColumnTiles][4];
   float max_[kRowTiles][2], sum_[kRowTiles][2];  // sums: of this thread's cells alone
-  int limit_[kRowTiles][2];                      // cells that the row sees
 };
 
 template <class T, int kRows, bool kQ8>
@@ -382,23 +386,27 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   constexpr int kVariant = kRows == 64 ? kWide : kNarrow;
   pdl_trigger();
   pdl_wait();
+  const WorkEntry* entries = plan.entries + kVariant * a.n_spans;
+  const WorkEntry first = first_entries(a, entries);  // asked for together with the totals
   const WorkTotals totals = plan.totals[kVariant];
   const AbsorbedVariant& variant = plan.variants[kVariant];
   const int block = static_cast<int>(blockIdx.x) / variant.fold;
   const int sub = static_cast<int>(blockIdx.x) % variant.fold;
   const int n_busy = busy_blocks(variant, totals);
   if (block >= n_busy) return;
-  const WorkEntry* entries = plan.entries + kVariant * a.n_spans;
-  AbsorbedBlock<T, kRows, kQ8> worker(a, plan, dynamic_smem());
+  AbsorbedBlock<T, kRows, kQ8> worker(a, plan);
   const int end = piece_begin(totals.work, n_busy, block + 1);
-  for (int at = piece_begin(totals.work, n_busy, block); at < end;) {
-    const WorkEntry entry = find_work(entries, totals.n_entries, at);
+  int at = piece_begin(totals.work, n_busy, block);
+  WorkEntry entry = find_work(entries, first, totals.n_entries, at);
+  while (true) {
     const int unit = (at - entry.work_before) / entry.tiles;
     const int tile = (at - entry.work_before) % entry.tiles;
     const int n = min(end - at, entry.tiles - tile);
-    const int64_t slot = int64_t{entry.units_before + unit + block} * variant.fold + sub;
+    const int slot = (entry.units_before + unit + block) * variant.fold + sub;
     worker.run(entry, unit, sub, tile, tile + n, slot);
     at += n;
+    if (at >= end) return;
+    entry = find_work(entries, first_entries(a, entries), totals.n_entries, at);
   }
 }
 

@@ -174,25 +174,31 @@ __device__ inline WorkEntry broadcast_entry(const WorkEntry& e, int lane) {
           from(e.first_token), from(e.n_tokens),     from(e.first_cell), from(e.n_cells)};
 }
 
-// The entry with the tile at `position`: the last that begins there or before. Warps call whole.
-__device__ inline WorkEntry find_work(const WorkEntry* entries, int n_entries, int position) {
+// Entries of the first 32 spans, one per lane: asked for before it is known which one is wanted, so
+// that one round trip to memory serves both questions.
+__device__ inline WorkEntry first_entries(const AttentionArgs& a, const WorkEntry* entries) {
   const int lane = threadIdx.x % 32;
-  int first = 0;
+  return load_entry(entries + min(lane, a.n_spans - 1));
+}
+
+// The entry with the tile at `position`: the last that begins there or before. Warps call whole.
+// first: what first_entries gave.
+__device__ inline WorkEntry find_work(const WorkEntry* entries, const WorkEntry& first,
+                                      int n_entries, int position) {
+  const int lane = threadIdx.x % 32;
+  int begin = 0;
   // 32 probes at a time until what is left fits one load of the warp.
   for (int n = n_entries; n > 32;) {
     const int step = ceil_div(n, 32);
-    const int at = first + lane * step;
-    const bool begins = at < first + n && entries[at].work_before <= position;
+    const int at = begin + lane * step;
+    const bool begins = at < begin + n && entries[at].work_before <= position;
     const int last = 31 - __clz(static_cast<int>(__ballot_sync(0xffffffffu, begins)));
     n = min(step, n - last * step);
-    first += last * step;
+    begin += last * step;
   }
-  WorkEntry entry = {};
-  bool begins = false;
-  if (first + lane < n_entries) {
-    entry = load_entry(entries + first + lane);
-    begins = entry.work_before <= position;
-  }
+  WorkEntry entry = first;
+  if (n_entries > 32 && begin + lane < n_entries) entry = load_entry(entries + begin + lane);
+  const bool begins = begin + lane < n_entries && entry.work_before <= position;
   const int last = 31 - __clz(static_cast<int>(__ballot_sync(0xffffffffu, begins)));
   return broadcast_entry(entry, last);
 }

@@ -67,7 +67,7 @@ __device__ __forceinline__ void copy_part(const std::byte* from, int n_bytes, bo
   const int filled = from != nullptr ? n_bytes : 0;
   std::byte* place = to + (first ^ swizzle) * kChunk;
   if (by_16) {
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < (kChunks + kRowThreads - 1) / kRowThreads; ++i) {
       const int at = (first + i * kRowThreads) * kChunk;
       if (kChunks % kRowThreads != 0 && at >= kChunks * kChunk) continue;

@@ -27,12 +27,13 @@ struct RowParts {
   int64_t stride;  // from block to block, in rows
   int n;
 };
-__device__ inline RowParts parts_of(const AttentionArgs& a, const AbsorbedPlan& plan, int entry_row,
+// index: the token's span. All loads are issued together; spans are the same for both variants.
+__device__ inline RowParts parts_of(const AttentionArgs& a, const AbsorbedPlan& plan, int index,
                                     int token, int head, int operand_bytes) {
-  const WorkEntry* entry = plan.entries + entry_row;
-  const WorkEntry narrow = load_entry(entry);  // spans are the same for both variants
+  const WorkEntry narrow = load_entry(plan.entries + index);
+  const WorkEntry wide = load_entry(plan.entries + a.n_spans + index);
   const int v = variant_of(a, plan, narrow.span());
-  const WorkEntry e = v == kNarrow ? narrow : load_entry(entry + a.n_spans);
+  const WorkEntry& e = v == kNarrow ? narrow : wide;
   const AbsorbedVariant& variant = plan.variants[v];
   const WorkTotals totals = plan.totals[v];
   const int n_busy = busy_blocks(variant, totals);
@@ -49,63 +50,95 @@ __device__ inline RowParts parts_of(const AttentionArgs& a, const AbsorbedPlan& 
 }
 
 inline constexpr int kLaneColumns = kLatentDims / 32;  // as two chunks of 8, 256 apart
+inline constexpr int kPartsAtATime = 4;                // 8 loads of 16 bytes under way per lane
 
-// This warp's share (parts share, share + n_shares, ..) of the weighted sum of a row's parts.
-// Returns the sum of all weights.
+// A weighted sum of parts: weights are 2^(lse - top).
+struct Merged {
+  float top, weight;
+  float sum[kLaneColumns];
+};
+
+// Parts first, first + step, .. of a row. Each round's loads wait for nothing but the round before.
 template <class T>
-__device__ float merge_parts(const RowParts& p, int share, int n_shares,
-                             float (&sum)[kLaneColumns]) {
+__device__ Merged merge_parts(const RowParts& p, int first, int step) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  float top = kMinusInf;
-  for (int i = lane; i < p.n; i += 32) top = fmaxf(top, load_coherent(p.lse + i * p.stride));
-  top = warp_max(top);
-  float weights = 0.0f;
-  for (int i = lane; i < p.n; i += 32) {
-    weights += exp2_approx(load_coherent(p.lse + i * p.stride) - top);
-  }
-#pragma unroll 4
-  for (int i = share; i < p.n; i += n_shares) {
-    const float weight = exp2_approx(load_coherent(p.lse + i * p.stride) - top);
-    const auto* row =
-        reinterpret_cast<const uint4*>(p.parts + i * p.stride * kLatentDims * int64_t{sizeof(T)});
-    const uint4 chunks[2] = {load_coherent(row + lane), load_coherent(row + 32 + lane)};
-    const T* x = reinterpret_cast<const T*>(chunks);
+  Merged m = {kMinusInf, 0.0f, {}};
+  for (int i = first; i < p.n; i += kPartsAtATime * step) {
+    float lse[kPartsAtATime];
+    uint4 chunks[kPartsAtATime][2];
 #pragma unroll
-    for (int c = 0; c < kLaneColumns; ++c) {
-      // A part that saw nothing may hold anything.
-      if (weight != 0.0f) sum[c] = fmaf(weight, from_operand(x[c]), sum[c]);
+    for (int j = 0; j < kPartsAtATime; ++j) {
+      const int64_t at = min(i + j * step, p.n - 1) * p.stride;
+      const auto* row =
+          reinterpret_cast<const uint4*>(p.parts + at * kLatentDims * int64_t{sizeof(T)});
+      lse[j] = i + j * step < p.n ? load_coherent(p.lse + at) : kMinusInf;
+      chunks[j][0] = load_coherent(row + lane);
+      chunks[j][1] = load_coherent(row + 32 + lane);
+    }
+    const float before = m.top;
+#pragma unroll
+    for (int j = 0; j < kPartsAtATime; ++j) m.top = fmaxf(m.top, lse[j]);
+    const float origin = m.top == kMinusInf ? 0.0f : m.top;
+    const float factor = exp2_approx(before - origin);
+    m.weight *= factor;
+    for (float& x : m.sum) x *= factor;
+#pragma unroll
+    for (int j = 0; j < kPartsAtATime; ++j) {
+      const float weight = exp2_approx(lse[j] - origin);
+      m.weight += weight;
+      const T* x = reinterpret_cast<const T*>(chunks[j]);
+#pragma unroll
+      for (int c = 0; c < kLaneColumns; ++c) {
+        // A part that saw nothing may hold anything.
+        if (weight != 0.0f) m.sum[c] = fmaf(weight, from_operand(x[c]), m.sum[c]);
+      }
     }
   }
-  return warp_sum(weights);
+  return m;
 }
 
-// latents[token][groups][kGroupPitch] of the tile; absorbed[token]: whether it is anyone's.
+// What the warps of a tile hand to each other.
+struct TileState {
+  int entry[kTileTokens];  // of each token, see AbsorbedPlan::token_entry
+  float top[kProductWarps], weight[kProductWarps];
+};
+
+// latents[token][groups][kGroupPitch] of the tile. shares: [kProductWarps][kLatentDims].
 template <class T>
 __device__ void merge_tile(const AttentionArgs& a, const AbsorbedPlan& plan, const ValuesGrid& grid,
-                           int head, int first, float* latents, float* shares, int* state) {
+                           int head, int first, float* latents, float* shares, TileState& state) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int n_shares = kProductWarps / grid.tokens;
   const int token = first + warp % grid.tokens;
   int entry = kOtherToken;
   if (token < plan.end_token) entry = plan.token_entry[token - plan.first_token];
-  if (warp < grid.tokens && lane == 0) state[warp] = entry;
-  float sum[kLaneColumns] = {};
+  Merged m = {kMinusInf, 0.0f, {}};
   if (entry >= 0) {
-    const RowParts parts = parts_of(a, plan, entry, token, head, sizeof(T));
-    const float weights = merge_parts<T>(parts, warp / grid.tokens, n_shares, sum);
-    for (float& x : sum) x /= weights;
+    m = merge_parts<T>(parts_of(a, plan, entry, token, head, sizeof(T)), warp / grid.tokens,
+                       n_shares);
+  }
+  if (lane == 0) {
+    if (warp < grid.tokens) state.entry[warp] = entry;
+    state.top[warp] = m.top;
+    state.weight[warp] = m.weight;
   }
 #pragma unroll
   for (int i = 0; i < kLaneColumns; ++i) {
-    const int c = i / 8 * 256 + lane * 8 + i % 8;
-    shares[warp * kLatentDims + c] = sum[i];
+    shares[warp * kLatentDims + i / 8 * 256 + lane * 8 + i % 8] = m.sum[i];
   }
   __syncthreads();
   for (int at = threadIdx.x; at < grid.tokens * kLatentDims; at += kProductThreads) {
     const int i = at / kLatentDims, c = at % kLatentDims;
-    float total = 0.0f;
-    for (int s = 0; s < n_shares; ++s) total += shares[(s * grid.tokens + i) * kLatentDims + c];
-    latents[(i * (kLatentDims / kGroup) + c / kGroup) * kGroupPitch + c % kGroup] = total;
+    float top = kMinusInf, weight = 0.0f, sum = 0.0f;
+    for (int from = i; from < kProductWarps; from += grid.tokens) top = fmaxf(top, state.top[from]);
+    for (int from = i; from < kProductWarps; from += grid.tokens) {
+      const float factor = top == kMinusInf ? 1.0f : exp2_approx(state.top[from] - top);
+      weight = fmaf(factor, state.weight[from], weight);
+      sum = fmaf(factor, shares[from * kLatentDims + c], sum);
+    }
+    const bool absorbed = state.entry[i] >= 0;
+    latents[(i * (kLatentDims / kGroup) + c / kGroup) * kGroupPitch + c % kGroup] =
+        absorbed ? sum / weight : 0.0f;
   }
   __syncthreads();
 }
@@ -121,7 +154,7 @@ __global__ void __launch_bounds__(kProductThreads)
   pdl_trigger();
   float* shares = dynamic_smem<float>();  // [kProductWarps][kLatentDims]
   float* latents = shares + kProductWarps * kLatentDims;
-  __shared__ int state[kTileTokens];
+  __shared__ TileState state;
   const int head = static_cast<int>(blockIdx.x) / grid.n_slabs;
   const int lanes = lanes_per_row(a.c);
   const int group = static_cast<int>(threadIdx.x) % lanes;
@@ -141,7 +174,7 @@ __global__ void __launch_bounds__(kProductThreads)
   for (int v = first_row; v - first_row < end - begin; v += rows_at_a_time(a.c)) {
     if (v != first_row) decode_row(v);
     for (int i = 0; i < n; ++i) {
-      if (state[i] == kOtherToken) continue;
+      if (state.entry[i] == kOtherToken) continue;
       float sum = 0.0f;
       if (group < n_groups(a.c)) {
         sum = dot_group(w, latents + (i * (kLatentDims / kGroup) + group) * kGroupPitch);
