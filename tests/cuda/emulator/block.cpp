@@ -10,9 +10,11 @@
 #include <vector>
 
 #include "base/error.h"
+#include "emulator/copies.h"
 #include "emulator/device.h"
 #include "emulator/faults.h"
 #include "emulator/fiber.h"
+#include "emulator/limits.h"
 #include "emulator/shared_memory.h"
 
 uint3 threadIdx;
@@ -26,7 +28,6 @@ namespace {
 constexpr int kLanes = 32;
 constexpr int kMaxWarps = kMaxThreads / kLanes;
 constexpr int kBarriers = 16;
-constexpr size_t kStaticLimitBytes = 48 * 1024;
 constexpr size_t kDynamicLimitBytes = 227 * 1024;
 // A thread that still yields after this many others' turns waits for what will never come.
 constexpr int kIdleRounds = 10000;
@@ -54,18 +55,6 @@ struct Barrier {
   int arrived = 0;
   int expected = 0;  // 0: all threads that have not ended
   uint32_t waiting[kMaxWarps] = {};
-};
-
-struct Copy {
-  void* to;
-  const void* from;  // null: zeros
-  size_t bytes;
-};
-
-struct Copies {
-  std::vector<Copy> pending;
-  std::vector<size_t> groups;  // sizes of the committed ones, oldest first
-  size_t n_open = 0;           // not committed yet
 };
 
 struct Block {
@@ -279,9 +268,7 @@ void start_block(Stacks& stacks) {
   }
   for (int i = 0; i < n; ++i) {
     block->contexts[i] = stacks.prepare(i, thread_main);
-    block->copies[i].pending.clear();
-    block->copies[i].groups.clear();
-    block->copies[i].n_open = 0;
+    block->copies[i].clear();
   }
   block->current = block->reverse ? n - 1 : 0;
 }
@@ -300,23 +287,6 @@ void run_block(Stacks& stacks) {
   }
   MLA_CHECK(DeviceError, block->error.empty(), "emulator: ", block->symbols.name, ", block (",
             blockIdx.x, ", ", blockIdx.y, ", ", blockIdx.z, "): ", block->error);
-}
-
-void check_limits(const Launch& launch, const KernelSymbols& symbols) {
-  const auto& b = launch.block;
-  const auto& g = launch.grid;
-  const uint64_t n_threads = uint64_t{b.x} * b.y * b.z;
-  MLA_CHECK(DeviceError, n_threads >= 1 && n_threads <= kMaxThreads && b.z <= 64,
-            "emulator: ", symbols.name, ": a block of ", b.x, " x ", b.y, " x ", b.z, " threads");
-  MLA_CHECK(DeviceError, g.x <= 0x7fffffffu && g.y <= 65535 && g.z <= 65535,
-            "emulator: ", symbols.name, ": a grid of ", g.x, " x ", g.y, " x ", g.z, " blocks");
-  size_t static_bytes = 0;
-  for (const SharedVariable& variable : symbols.shared) static_bytes += variable.bytes;
-  MLA_CHECK(DeviceError, static_bytes <= kStaticLimitBytes, "emulator: ", symbols.name, ": ",
-            static_bytes, " bytes of static shared memory");
-  MLA_CHECK(DeviceError, static_bytes + launch.dynamic_smem_bytes <= launch.smem_limit_bytes,
-            "emulator: ", symbols.name, ": ", launch.dynamic_smem_bytes,
-            " bytes of dynamic shared memory and ", static_bytes, " of static");
 }
 
 Block& prepare(const Launch& launch, KernelSymbols symbols) {
@@ -429,34 +399,11 @@ void copy_later(void* smem, const void* global, size_t bytes, bool valid) {
   const auto* at = static_cast<std::byte*>(smem);
   const std::byte* end = block->dynamic + block->launch->dynamic_smem_bytes;
   if (at < end + kCanaryBytes && at + bytes > end) fail("cp_async: past dynamic shared memory");
-  Copies& copies = block->copies[block->current];
-  copies.pending.push_back({smem, valid ? global : nullptr, bytes});
-  ++copies.n_open;
+  block->copies[block->current].add(smem, valid ? global : nullptr, bytes);
   std::memset(smem, kRubbish, bytes);
 }
 
-void commit_copies() {
-  Copies& copies = block->copies[block->current];
-  copies.groups.push_back(copies.n_open);
-  copies.n_open = 0;
-}
-
-void wait_copies(size_t n_groups_left) {
-  Copies& copies = block->copies[block->current];
-  size_t n_done = 0, n_groups = 0;
-  while (copies.groups.size() - n_groups > n_groups_left) n_done += copies.groups[n_groups++];
-  for (size_t i = 0; i < n_done; ++i) {
-    const Copy& copy = copies.pending[i];
-    if (copy.from == nullptr) {
-      std::memset(copy.to, 0, copy.bytes);
-    } else {
-      std::memcpy(copy.to, copy.from, copy.bytes);
-    }
-  }
-  copies.groups.erase(copies.groups.begin(),
-                      copies.groups.begin() + static_cast<ptrdiff_t>(n_groups));
-  copies.pending.erase(copies.pending.begin(),
-                       copies.pending.begin() + static_cast<ptrdiff_t>(n_done));
-}
+void commit_copies() { block->copies[block->current].commit(); }
+void wait_copies(size_t n_groups_left) { block->copies[block->current].wait(n_groups_left); }
 
 }  // namespace mla::emulator

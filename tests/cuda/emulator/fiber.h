@@ -3,9 +3,9 @@
 
 #include <cstddef>
 
-namespace mla::emulator {
+#include "emulator/limits.h"
 
-inline constexpr int kMaxThreads = 1024;  // of a block
+namespace mla::emulator {
 
 // A suspended thread: where its stack stands.
 using Context = void*;
