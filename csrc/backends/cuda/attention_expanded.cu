@@ -13,8 +13,9 @@
 namespace mla::cuda {
 namespace {
 
-// Real models: N = V = 128, R = 64. 128 queries a block, 88 KB of shared memory.
-using Usual = ExpandedDims<2, 64, 128, 64, 128>;
+// Real models: N = V = 128, R = 64. 128 queries a block, 68 KB of shared memory: two blocks have
+// room in the 164 KB of an 8.0 multiprocessor, and 64 cells a step would not fit the registers.
+using Usual = ExpandedDims<2, 32, 128, 64, 128>;
 // Any dimensions, half the queries and keys: at most 56 KB (72 KB with V > 128).
 using Narrow = ExpandedDims<1, 32, 0, 0, 128>;
 using Wide = ExpandedDims<1, 32, 0, 0, 256>;

@@ -163,7 +163,7 @@ struct ExpandedTiles {
 
 template <class D>
 __device__ inline void attend(const ExpandedArgs& a, const ExpandedJob& job,
-                              const ExpandedTiles& tiles, float* row_scale) {
+                              const ExpandedTiles& tiles, float* factors) {
   const int n_cells = job.end - job.begin;
   const int first_row = warp_id() * D::kWarpRows;
   const int n_pairs = (D::kStatic ? D::kNope + D::kRope : a.dim) / 16;
@@ -174,9 +174,9 @@ __device__ inline void attend(const ExpandedArgs& a, const ExpandedJob& job,
   const auto at = [&](int row, int piece) {
     return tiles.q + piece_at(row, piece, tiles.row_bytes);
   };
-  load_queries<D>(a, job, at, row_scale);
+  load_queries<D>(a, job, at, factors);
   ExpandedRows<D> rows;
-  begin_rows<D>(a, job, row_scale, rows);
+  begin_rows<D>(a, job, rows);
   for (int first = 0; first < n_cells; first += D::kKeys) {
     // Warps without a query that sees these cells only copy and wait.
     const bool sees = first_row < job.tile.n_rows && first < last_visible;
@@ -194,7 +194,7 @@ __device__ inline void attend(const ExpandedArgs& a, const ExpandedJob& job,
       load_keys<D>(a, job, first + D::kKeys, tiles.k, tiles.row_bytes);
     if (!sees) continue;
     float rescale[D::kMTiles][2];
-    softmax_step<D>(s, rows, rescale);
+    softmax_step<D>(factors, s, rows, rescale);
     rescale_rows<D>(rescale, rows);
     multiply_values<D>(tiles.v, a.v / 8, s, rows);
   }
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kExpandedThreads, 2)
     attend_expanded(const __grid_constant__ ExpandedArgs a) {
   __shared__ int next;
   __shared__ ExpandedJob job;  // not in registers, of which the sums leave none
-  __shared__ float row_scale[D::kRows];
+  __shared__ float factors[D::kRows];
   pdl_trigger();
   pdl_wait();
   if (a.plan.rows[a.round] == 0) return;
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kExpandedThreads, 2)
     }
     __syncthreads();
     if (next >= n_items) return;
-    if (job.begin < job.end) attend<D>(a, job, tiles, row_scale);
+    if (job.begin < job.end) attend<D>(a, job, tiles, factors);
   }
 }
 

@@ -138,6 +138,7 @@ __device__ inline void gather_row(const CachePlane& plane, const std::byte* src,
     }
     return;
   }
+#pragma unroll 2
   for (int i = lane; i < n_padded; i += 32) {
     const bool there = src != nullptr && i < plane.width;
     out[i] = __float2half_rn(there ? cache_value(src, plane.format, i) : 0.0f);

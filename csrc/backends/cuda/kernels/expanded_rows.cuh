@@ -79,17 +79,20 @@ __device__ inline float2 power_scale(float largest) {
   return {__int_as_float(inverse << 23), __int_as_float((254 - inverse) << 23)};
 }
 
-// The warp's own queries, each times a power of two; what undoes it goes to row_scale. at(row,
-// piece): where 8 numbers of a query belong.
+// The warp's own queries, each times a power of two. What makes a product with one a score, times
+// log2 e, goes to `factors`. at(row, piece): where 8 numbers of a query belong.
 template <class D, class At>
 __device__ inline void load_queries(const ExpandedArgs& a, const ExpandedJob& job, const At& at,
-                                    float* row_scale) {
+                                    float* factors) {
   constexpr int kPerLane = D::kStatic ? (D::kNope + D::kRope) / 32 : kMaxExpandedDim / 32;
-  constexpr int kTogether = 4;  // rows whose loads overlap
+  // Rows whose loads overlap: registers are free here, and nothing else hides the wait.
+  constexpr int kTogether = 8;
   const int lane = lane_id();
   const int warp_row = warp_id() * D::kWarpRows;
   const int dim = D::kStatic ? D::kNope + D::kRope : a.dim;
   const float sign = a.scale < 0 ? -1.0f : 1.0f;
+  // Never 0: 0 times a masked score is no number.
+  const float scale = fmaxf(fabsf(a.scale) * 1.44269504f, 1e-30f);
   for (int first = warp_row; first < warp_row + D::kWarpRows; first += kTogether) {
     float x[kTogether][kPerLane];
 #pragma unroll
@@ -110,7 +113,7 @@ __device__ inline void load_queries(const ExpandedArgs& a, const ExpandedJob& jo
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) largest = fmaxf(largest, fabsf(x[i][j]));
       const float2 power = power_scale(warp_max(largest));
-      if (lane == 0) row_scale[first + i] = power.y;
+      if (lane == 0) factors[first + i] = scale * power.y;
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
         const int e = lane + 32 * j;
@@ -143,12 +146,17 @@ __device__ inline void pack_weights(const float (&left)[4], const float (&right)
 template <class D>
 struct ExpandedRows {
   float o[D::kMTiles][D::kValueTiles][4];
-  float top[D::kMTiles][2];     // maximum of the scores, times log2 e
-  float sum[D::kMTiles][2];     // of the thread's columns
-  float factor[D::kMTiles][2];  // what makes a product of the mma a score, times log2 e
+  float top[D::kMTiles][2];  // maximum of the scores, times log2 e
+  float sum[D::kMTiles][2];  // of the thread's columns
 };
 template <class D>
 using ExpandedScores = float[D::kMTiles][D::kKeyTiles][4];
+
+// Where a thread's rows lie: m-th 16 rows, lower (0) or upper (1) eight.
+template <class D>
+__device__ inline int tile_row(int m, int half) {
+  return warp_id() * D::kWarpRows + 16 * m + 8 * half + lane_id() / 4;
+}
 
 // Columns from `limit` of the warp's first row on are not visible; one more with each row.
 template <class D>
@@ -170,8 +178,8 @@ __device__ inline void mask_scores(int limit, ExpandedScores<D>& s) {
 // Scores become exponentials; the maximum and the sum of each row follow. What O has to be
 // multiplied with is left in `rescale`.
 template <class D>
-__device__ inline void softmax_step(ExpandedScores<D>& s, ExpandedRows<D>& rows,
-                                    float (&rescale)[D::kMTiles][2]) {
+__device__ inline void softmax_step(const float* factors, ExpandedScores<D>& s,
+                                    ExpandedRows<D>& rows, float (&rescale)[D::kMTiles][2]) {
 #pragma unroll
   for (int m = 0; m < D::kMTiles; ++m) {
 #pragma unroll
@@ -183,7 +191,7 @@ __device__ inline void softmax_step(ExpandedScores<D>& s, ExpandedRows<D>& rows,
       }
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
-      const float factor = rows.factor[m][half];
+      const float factor = factors[tile_row<D>(m, half)];
       top = fmaxf(rows.top[m][half], top * factor);
       rescale[m][half] = exp2_approx(rows.top[m][half] - top);
       rows.top[m][half] = top;
@@ -217,19 +225,11 @@ __device__ inline void rescale_rows(const float (&rescale)[D::kMTiles][2], Expan
 }
 
 // ---- begin and end ------------------------------------------------------------------------------
-// Where a thread's rows lie: m-th 16 rows, lower (0) or upper (1) eight.
-template <class D>
-__device__ inline int tile_row(int m, int half) {
-  return warp_id() * D::kWarpRows + 16 * m + 8 * half + lane_id() / 4;
-}
-
 // Sums at zero, or as the round before left them.
 template <class D>
 __device__ inline void begin_rows(const ExpandedArgs& a, const ExpandedJob& job,
-                                  const float* row_scale, ExpandedRows<D>& rows) {
+                                  ExpandedRows<D>& rows) {
   const bool resumes = job.begin > 0;
-  // Never 0: 0 times a masked score is no number.
-  const float scale = fmaxf(fabsf(a.scale) * 1.44269504f, 1e-30f);
 #pragma unroll
   for (int m = 0; m < D::kMTiles; ++m) {
 #pragma unroll
@@ -238,7 +238,6 @@ __device__ inline void begin_rows(const ExpandedArgs& a, const ExpandedJob& job,
       const bool there = resumes && row < job.tile.n_rows;
       const int64_t at = int64_t{job.tile.token + row} * a.h + job.head;
       const float2 before = there ? a.running[at] : float2{kMinusInf, 0.0f};
-      rows.factor[m][half] = scale * row_scale[row];
       rows.top[m][half] = before.x;
       rows.sum[m][half] = lane_id() % 4 == 0 ? before.y : 0.0f;
 #pragma unroll

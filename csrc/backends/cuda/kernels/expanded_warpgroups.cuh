@@ -55,7 +55,7 @@ inline constexpr int kJobThere = 15;  // among the copying warps
 struct Shared {
   std::byte *q, *k, *v;
   ExpandedJob* jobs;  // [kJobs]; the last has no cells
-  float* row_scale;   // [D::kRows]
+  float* factors;     // [D::kRows]
 };
 
 __device__ inline int panel_at(int row, int piece) {
@@ -192,7 +192,7 @@ __device__ __forceinline__ int multiply_steps(const Shared& shared, const Expand
   warpgroup_hold(s[0]);
   bar_arrive(empty_keys(step), kEmptyThreads);
   if (D::kKeys > visible) mask_scores<D>(visible, s);
-  softmax_step<D>(s, rows, rescale);
+  softmax_step<D>(shared.factors, s, rows, rescale);
   rescale_rows<D>(rescale, rows);
   pack_step(s, p);
   for (int first = D::kKeys; first < n_cells; first += D::kKeys) {
@@ -205,7 +205,7 @@ __device__ __forceinline__ int multiply_steps(const Shared& shared, const Expand
     warpgroup_hold(s[0]);
     bar_arrive(empty_keys(step), kEmptyThreads);
     if (first + D::kKeys > visible) mask_scores<D>(visible - first, s);
-    softmax_step<D>(s, rows, rescale);
+    softmax_step<D>(shared.factors, s, rows, rescale);
     warpgroup_wait<0>();
     warpgroup_hold(rows.o[0]);
     bar_arrive(empty_values(step - 1), kEmptyThreads);
@@ -229,11 +229,11 @@ __device__ inline void multiply_jobs(const ExpandedArgs& a, const Shared& shared
     bar_sync(full_keys(step, group), kFullThreads);
     const ExpandedJob& job = shared.jobs[n_jobs % kJobs];
     if (job.begin >= job.end) return;
-    load_queries<D>(a, job, at, shared.row_scale);
+    load_queries<D>(a, job, at, shared.factors);
     fence_shared_products();
     bar_sync(queries_there(group), kGroupThreads);
     ExpandedRows<D> rows;
-    begin_rows<D>(a, job, shared.row_scale, rows);
+    begin_rows<D>(a, job, rows);
     step = multiply_steps(shared, job, group, step, rows);
     end_rows<D>(a, job, rows);
   }
@@ -247,12 +247,12 @@ __global__ void __launch_bounds__(ExpandedWarpgroups::kThreads, 1)
 #ifdef MLA_HAS_WARPGROUPS
   using namespace warpgroups;
   __shared__ ExpandedJob jobs[kJobs];
-  __shared__ float row_scale[D::kRows];
+  __shared__ float factors[D::kRows];
   pdl_trigger();
   pdl_wait();
   if (a.plan.rows[a.round] == 0) return;
   std::byte* q = dynamic_smem();
-  const Shared shared = {q, q + kKeyBytes, q + (1 + kStages) * kKeyBytes, jobs, row_scale};
+  const Shared shared = {q, q + kKeyBytes, q + (1 + kStages) * kKeyBytes, jobs, factors};
   if (warp_id() < kGroups * 4) {
     take_registers<kMultiplyRegisters>();
     multiply_jobs(a, shared);
