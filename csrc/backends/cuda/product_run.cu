@@ -3,7 +3,7 @@
 //   exact                                float32 kernels, whatever the shape
 //   fast, few rows of x per matrix       small_batch.h: weights are streamed once
 //   fast, many rows                      product_gemm.h: weights are decoded, then tensor cores
-//   packed weights across their rows, F32 weights of few rows, nothing along k: exact
+//   packed weights across their rows, F32 and scattered weights of few rows, nothing along k: exact
 //
 // The halves of a swiglu whose weights differ in format are products of their own, the second of
 // which multiplies what the first left.
@@ -21,8 +21,9 @@ namespace {
 constexpr int64_t kNarrow = 2048;
 // Rows from which a tile of kExactRows is worth its idle part.
 constexpr int64_t kManyRows = 3;
-// Rows of x from which F32 weights are worth rounding to bf16.
-constexpr int64_t kManyFloatRows = kMaxSmallRows;
+// Rows of x from which plain weights that are not read in pieces (F32, or of odd strides) are worth
+// a copy in 16 bits.
+constexpr int64_t kManyPlainRows = kMaxSmallRows;
 
 enum class Path { exact, small_batch, gemm };
 
@@ -30,7 +31,7 @@ Path path_of(const Product& p, Precision precision, const DeviceInfo& device) {
   if (precision == Precision::exact || p.k == 0 || p.w.transposed) return Path::exact;
   if (small_batch_fits(p, device)) return Path::small_batch;
   const int64_t rows = p.routed ? p.n_rows() : p.rows_per_matrix();
-  if (rows <= kManyFloatRows && p.w.format == Format::F32) return Path::exact;
+  if (rows <= kManyPlainRows && !traits(p.w.format).quantized) return Path::exact;
   return product_gemm_fits(p) ? Path::gemm : Path::exact;
 }
 

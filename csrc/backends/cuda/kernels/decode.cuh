@@ -153,8 +153,8 @@ __device__ __forceinline__ void q2_k(const std::byte* row, int64_t n, int64_t gr
   for (int l = 0; l < 32; ++l) {
     const auto s = static_cast<uint32_t>(scales[l / 16]);
     const uint32_t q = (byte_of(qs, l) >> (2 * (g & 3))) & 3u;
-    out[l] = d * static_cast<float>(s & 15u) * static_cast<float>(q) -
-             dmin * static_cast<float>(s >> 4);
+    out[l] =
+        d * static_cast<float>(s & 15u) * static_cast<float>(q) - dmin * static_cast<float>(s >> 4);
   }
 }
 
