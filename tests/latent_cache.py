@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from cuda.device import cuda_backend, refusals
 from mla_backend import _core
 from mla_backend.formats import by_name
 from mla_backend.ops import Where
@@ -79,9 +80,46 @@ def scattered(g: _core.Graph, name: str, x: Array) -> _core.Node:
     return g.permute(node, [x.ndim - 1, *range(x.ndim - 1)])
 
 
-def run(g: _core.Graph, where: Where, inputs: Mapping[str, Array] | None = None) -> Array:
-    """Run the graph on the CPU; its first output, copied."""
-    backend = _core.CpuBackend(_core.ThreadPool(where.get("threads") or 1), where.get("isa") or "")
-    executor = _core.Executor(g, _core.Workspace([backend]))
-    executor.run(dict(inputs or {}))
-    return np.array(executor.output(0))
+class Runner:
+    """Runs a graph of its own on one backend, caches included; the CPU takes what is refused."""
+
+    def __init__(self, where: Where) -> None:
+        pool = _core.ThreadPool(where.get("threads") or 1)
+        cpu = _core.CpuBackend(pool, where.get("isa") or "")
+        self._device = cpu if where.get("backend", "cpu") == "cpu" else cuda_backend()
+        self._backends = list(dict.fromkeys((self._device, cpu)))
+        self._caches: list[tuple[LatentCache, _core.Tensor]] = []
+        self.graph = _core.Graph()
+
+    def planes(self, cache: LatentCache) -> tuple[_core.Node, _core.Node]:
+        """The latent and the rope plane: the cache's own memory, or a copy on the device."""
+        tensors = [cache.tensor(0), cache.tensor(1)]
+        if not self._device.shares_host_memory:
+            tensors = self._placed(cache)
+        return self.graph.state("latent", tensors[0]), self.graph.state("rope", tensors[1])
+
+    def run(self, inputs: Mapping[str, Array] | None = None) -> Array:
+        """The graph's first output, copied. Caches are as the run left them."""
+        executor = _core.Executor(self.graph, _core.Workspace(self._backends))
+        executor.run(dict(inputs or {}))
+        refusals.extend(executor.report()["refusals"])
+        for cache, whole in self._caches:
+            every = np.arange(len(cache.memory), dtype=np.int32)
+            cache.memory[...] = _core.read_rows(whole, every)
+        return np.array(executor.output(0))
+
+    def _placed(self, cache: LatentCache) -> list[_core.Tensor]:
+        n_cells, width = cache.memory.shape
+        memory = _core.DeviceMemory(self._device, cache.memory.size)
+        whole = memory.tensor("I32", [n_cells, width // 4])
+        _core.write_rows(whole, np.arange(n_cells, dtype=np.int32), cache.memory)
+        self._caches.append((cache, whole))
+        return [
+            memory.tensor(
+                cache.formats[i],
+                [n_cells, cache.widths[i]],
+                [width, by_name(cache.formats[i]).block_bytes],
+                cache.begin(i),
+            )
+            for i in range(2)
+        ]

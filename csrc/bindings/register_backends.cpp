@@ -7,6 +7,7 @@
 #include "backends/cpu/cpu_backend.h"
 #include "backends/cpu/isa.h"
 #include "backends/subset/subset_backend.h"
+#include "base/error.h"
 #include "bindings/graph_types.h"
 #include "bindings/register.h"
 #include "exec/executor.h"
@@ -111,14 +112,31 @@ size_t host_bytes(const Workspace& workspace) {
   return bytes;
 }
 
+// Why the node runs on `chosen` and not where it was asked to, or else on the first backend; ""
+// where it does.
+std::string refusal_of(const Node& node, const Backend& chosen,
+                       const std::vector<std::shared_ptr<Backend>>& backends) {
+  const auto asked = std::ranges::find_if(
+      backends, [&](const auto& backend) { return backend->name() == node.device; });
+  const Backend& wanted = asked != backends.end() ? **asked : *backends.front();
+  if (&wanted == &chosen) return "";
+  return concat(wanted.name(), " refuses ", describe(node), ": ",
+                wanted.supports_op(node) ? "its state lies elsewhere" : wanted.refusal(node));
+}
+
 py::dict report(const PyExecutor& self) {
   const Plan& plan = self.executor->plan();
   const auto& backends = self.executor->workspace().backends();
   py::dict out;
   py::list nodes;
+  py::list refusals;
   for (const PlannedStep& step : plan.steps) {
-    const auto name = backends[static_cast<size_t>(step.backend)]->name();
-    nodes.append(py::make_tuple(step.node ? op_name(step.node->op) : "hop", name));
+    const Backend& chosen = *backends[static_cast<size_t>(step.backend)];
+    nodes.append(py::make_tuple(step.node ? op_name(step.node->op) : "hop", chosen.name()));
+    if (step.node == nullptr) continue;
+    if (std::string why = refusal_of(*step.node, chosen, backends); !why.empty()) {
+      refusals.append(std::move(why));
+    }
   }
   int64_t arena = 0;
   int64_t scratch = 0;
@@ -129,6 +147,7 @@ py::dict report(const PyExecutor& self) {
   out["scratch_bytes"] = scratch;
   out["n_copies"] = plan.n_copies;
   out["steps"] = nodes;
+  out["refusals"] = refusals;
   return out;
 }
 
@@ -208,7 +227,9 @@ void register_backends(py::module_& m) {
       .def("output", &output, arg("index") = 0,
            "View of an output; its values stay until the next run in the workspace. Raises "
            "DeviceError where they are gone.")
-      .def("report", &report);
+      .def("report", &report,
+           "arena_bytes, unshared_bytes, scratch_bytes, n_copies, steps [(op or \"hop\", backend)], "
+           "refusals [why nodes are not where they were wanted].");
 }
 
 }  // namespace mla::bindings

@@ -217,7 +217,9 @@ class Executor:
         View of an output; its values stay until the next run in the workspace. Raises DeviceError where they are gone.
         """
     def report(self) -> dict[str, typing.Any]:
-        ...
+        """
+        arena_bytes, unshared_bytes, scratch_bytes, n_copies, steps [(op or "hop", backend)], refusals [why nodes are not where they were wanted].
+        """
     def run(self, inputs: dict[str, typing.Any], cancel: CancelToken | None = None) -> None:
         """
         inputs: float32 or int32 arrays by name, C-contiguous. Raises CancelledError, and DeviceError where the workspace is in use.

@@ -82,14 +82,23 @@ def open_devices(cpu: _core.CpuBackend, device: str) -> tuple[Devices, str | Non
     if problem:
         idle = _NVIDIA.exists()
         return Devices(cpu), f"the GPU is not used: {problem}" if idle else None
-    module = _module()
     _, _, number = device.partition(":")
-    numbers = [int(number)] if number else range(module.device_count())
-    return Devices(cpu, tuple(module.CudaBackend(i) for i in numbers)), None
+    numbers = [int(number)] if number else range(_module().device_count())
+    return Devices(cpu, tuple(open_cuda(i) for i in numbers)), None
+
+
+def open_cuda(number: int, *, record: bool = True) -> _core.Backend:
+    """One CUDA device. Raises DeviceError where it cannot be used.
+
+    ``record``: what runs again is replayed as one recorded graph.
+    """
+    backend: _core.Backend = _module().CudaBackend(number, record)
+    return backend
 
 
 def _module() -> Any:
+    """The module of CUDA devices, where it has any."""
     module = cuda_module()
-    if module is None:
+    if module is None or cuda_problem():
         raise DeviceError(cuda_problem())
     return module

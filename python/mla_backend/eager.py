@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias, TypedDict
 
@@ -10,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mla_backend import _core
+from mla_backend.devices import open_cuda
 from mla_backend.errors import FormatError, ShapeError, UnsupportedError, UsageError
-from mla_backend.formats import by_name
+from mla_backend.formats import Format, by_name
 from mla_backend.quant_tensor import QuantTensor
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -20,6 +22,7 @@ I32: TypeAlias = npt.NDArray[np.int32]
 Weight: TypeAlias = Array | QuantTensor
 Precision: TypeAlias = Literal["fast", "exact"]
 
+_BACKEND = re.compile(r"cpu|cuda(?::(\d+))?")
 _FORMAT_OF_DTYPE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32"}
 
 
@@ -42,11 +45,17 @@ def _pool(n_threads: int) -> _core.ThreadPool:
     return _core.ThreadPool(n_threads)
 
 
-def _cpu(isa: str, n_threads: int) -> _core.CpuBackend:
-    return _core.CpuBackend(_pool(n_threads), isa)
+@lru_cache(maxsize=8)
+def _cuda(number: int) -> _core.Backend:
+    """Shared likewise. Nothing runs twice here, so nothing is recorded."""
+    return open_cuda(number, record=False)
 
 
-_BACKENDS: dict[str, Callable[[str, int], _core.CpuBackend]] = {"cpu": _cpu}
+def _device(op: str, name: str, cpu: _core.CpuBackend) -> _core.Backend:
+    found = _BACKEND.fullmatch(name)
+    if found is None:
+        raise UnsupportedError(f"{op}: backend {name!r}, accepted is cpu, cuda, cuda:1 and so on")
+    return cpu if name == "cpu" else _cuda(int(found[1] or 0))
 
 
 def _memory(array: Array) -> tuple[Array, int]:
@@ -75,21 +84,26 @@ def _tensor(op: str, name: str, value: Weight) -> _core.Tensor:
 
 
 class Call:
-    """One operation: operands become constant nodes, then it runs."""
+    """One operation: operands become constant nodes, then it runs.
+
+    Attributes:
+        isa: of the CPU's kernels.
+        refusals: after ``run``, why nodes ran on the CPU instead of the backend that was named.
+    """
 
     def __init__(
         self, op: str, backend: str = "cpu", isa: str | None = None, threads: int | None = None
     ) -> None:
-        make = _BACKENDS.get(backend)
-        if make is None:
-            raise UnsupportedError(f"{op}: backend {backend!r}, accepted is {', '.join(_BACKENDS)}")
         if threads is not None and threads < 1:
             raise UsageError(f"{op}: threads is {threads}, accepted is 1 or more")
+        cpu = _core.CpuBackend(_pool(threads or 0), isa or "")
         self._op = op
-        device = make(isa or "", threads or 0)
-        self.isa = device.isa
-        self._workspace = _core.Workspace([device])
+        self._device = _device(op, backend, cpu)
+        self.isa = cpu.isa
+        # What the device refuses, the CPU takes.
+        self._workspace = _core.Workspace(list(dict.fromkeys((self._device, cpu))))
         self.graph = _core.Graph()
+        self.refusals: tuple[str, ...] = ()
 
     def operand(self, name: str, value: Weight) -> _core.Node:
         """The value's own memory as a node."""
@@ -99,10 +113,16 @@ class Call:
         """Likewise, or None."""
         return None if value is None else self.operand(name, value)
 
+    def state(self, name: str, format: Format, shape: Sequence[int]) -> _core.Node:
+        """Zeros that operations write, in the memory of the backend."""
+        memory = _core.DeviceMemory(self._device, format.n_bytes(shape))
+        return self.graph.state(name, memory.tensor(format.name, list(shape)))
+
     def run(self, *nodes: _core.Node) -> tuple[Array, ...]:
         """Compute the nodes. The workspace is this call's own, so the results stay as they are."""
         for node in nodes:
             self.graph.output(node)
         executor = _core.Executor(self.graph, self._workspace)
         executor.run({})
+        self.refusals = tuple(executor.report()["refusals"])
         return tuple(executor.output(i) for i in range(len(nodes)))

@@ -6,8 +6,8 @@ included (zero and negative ones too): nothing is copied on the way in. Results 
 Floats are float32, float16 or ``ml_dtypes.bfloat16``; integers are int32; weights may also be a
 :class:`QuantTensor`. Shapes are outermost first, at most 4 dims. Every function takes
 
-- ``backend``: "cpu";
-- ``isa``: one of :func:`available_isas`; None is MLA_CPU_ISA's, or the best;
+- ``backend``: "cpu", "cuda" or "cuda:1"; what a CUDA device has no kernel for runs on the CPU;
+- ``isa``: of the CPU's kernels, one of :func:`available_isas`; None is MLA_CPU_ISA's, or the best;
 - ``threads``: how many, the caller included; None is one for each physical core. Results do not
   depend on it.
 
@@ -15,7 +15,8 @@ Products also take ``precision``: "exact" keeps activations in float32 and decod
 registers, "fast" rounds activations to 8 bits or bfloat16 where that pays.
 
 Raised everywhere: ShapeError (extents or strides), FormatError (dtypes), UnsupportedError (a
-backend, ISA or option that is not here), UsageError (a thread count below 1).
+backend, ISA or option that is not here), DeviceError (a CUDA device that cannot be used),
+UsageError (a thread count below 1).
 """
 
 from __future__ import annotations
@@ -317,8 +318,7 @@ def _cache(call: Call, latent: F32, k_rope: F32, cache_type: str) -> tuple[_core
         (stored, latent.shape[1]),
         (by_name("F16") if stored.quantized else stored, k_rope.shape[1]),
     ):
-        memory = np.zeros(format.n_bytes((room, width)), np.uint8)
-        planes.append(call.graph.state("cache", _core.Tensor(memory, format.name, [room, width])))
+        planes.append(call.state("cache", format, (room, width)))
     return call.graph.cache_write(
         planes[0],
         planes[1],

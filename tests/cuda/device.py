@@ -1,29 +1,56 @@
-"""A CUDA device for tests: the machine's, else the emulated one of a build that has it."""
+"""A CUDA device for tests: the machine's where it has one, else an emulated one.
+
+The environment variable MLA_CUDA_EMULATED names the emulated module, which a build with
+``-DMLA_CUDA_EMULATE=ON`` makes. It is loaded in the place of the installed one.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 from functools import lru_cache
-from importlib import import_module
 from typing import Any
 
 import pytest
+from mla_backend import devices
+
+NAME = "mla_backend._cuda"
+EMULATED = "mla_backend._cuda_emulated"
+
+#: Why nodes of the test that runs did not run on the device. Tests of operations clear it before
+#: each test and report one that ends with any as skipped.
+refusals: list[str] = []
+
+
+def _load_emulated(path: str) -> None:
+    spec = importlib.util.spec_from_file_location(EMULATED, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[NAME] = sys.modules[EMULATED] = module
 
 
 @lru_cache(maxsize=1)
-def _module() -> Any:
-    for name in ("_cuda", "_cuda_emulated"):
-        try:
-            module = import_module(f"mla_backend.{name}")
-        except ModuleNotFoundError:
-            continue
-        if module.device_count():
-            return module
-    return None
+def cuda_problem() -> str:
+    """Why no CUDA device can be tested here; "" where one can."""
+    problem = devices.cuda_problem()
+    emulated = os.environ.get("MLA_CUDA_EMULATED")
+    if not problem or not emulated:
+        return problem and f"{problem}, and MLA_CUDA_EMULATED names no emulated device"
+    _load_emulated(emulated)
+    return devices.cuda_problem()
+
+
+@lru_cache(maxsize=1)
+def is_emulated() -> bool:
+    """Whether the device under test is emulated, and slow."""
+    return not cuda_problem() and EMULATED in sys.modules
 
 
 def cuda_backend() -> Any:
     """A backend of its own; skips the test where there is no device."""
-    module = _module()
-    if module is None:
-        pytest.skip("no CUDA device, and no emulated one in this build")
-    return module.CudaBackend(0)
+    if problem := cuda_problem():
+        pytest.skip(problem)
+    return devices.open_cuda(0)

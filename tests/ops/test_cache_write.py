@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from latent_cache import CACHE_FORMATS, LatentCache, constant, empty_cache, run, scattered
+from latent_cache import CACHE_FORMATS, LatentCache, Runner, constant, empty_cache, scattered
 from mla_backend import _core
 from mla_backend.errors import FormatError, ShapeError
 from mla_backend.ops import Where
@@ -27,12 +27,13 @@ def new_rows(n: int, seed: int = 0) -> tuple[Array, Array]:
 def write(
     cache: LatentCache, rows: tuple[Array, Array], cells: Array, where: Where, place: Any = constant
 ) -> None:
-    g = _core.Graph()
-    planes = [g.state("latent", cache.tensor(0)), g.state("rope", cache.tensor(1))]
+    runner = Runner(where)
+    g = runner.graph
     operands = [place(g, name, x) for name, x in zip(("c", "r"), rows, strict=True)]
-    written = g.cache_write(*planes, *operands, g.input("cells", "I32", [len(cells)]))
+    cells_input = g.input("cells", "I32", [len(cells)])
+    written = g.cache_write(*runner.planes(cache), *operands, cells_input)
     g.output(g.copy(written[1], "F32"))
-    run(g, where, {"cells": np.asarray(cells, np.int32)})
+    runner.run({"cells": np.asarray(cells, np.int32)})
 
 
 def check(

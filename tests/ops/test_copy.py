@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latent_cache import Runner
 from mla_backend import _core, ops
 from mla_backend.errors import FormatError, ShapeError
 from mla_backend.ops import Where
@@ -72,13 +73,10 @@ def test_integers(where: Where, layout: str) -> None:
 def test_blocks_keep_their_bytes(where: Where) -> None:
     """Rows of a quantized tensor, every second one, through the graph."""
     bytes_ = np.random.default_rng(0).integers(0, 256, (6, 3 * 34), dtype=np.uint8)
-    graph = _core.Graph()
+    runner = Runner(where)
     tensor = _core.Tensor(bytes_, "Q8_0", [3, 96], [2 * 3 * 34, 34], 3 * 34)
-    graph.output(graph.copy(graph.weight("w", tensor), "Q8_0"))
-    backend = _core.CpuBackend(_core.ThreadPool(1), where["isa"] or "")
-    executor = _core.Executor(graph, _core.Workspace([backend]))
-    executor.run({})
-    np.testing.assert_array_equal(executor.output(0), bytes_[1::2])
+    runner.graph.output(runner.graph.copy(runner.graph.weight("w", tensor), "Q8_0"))
+    np.testing.assert_array_equal(runner.run(), bytes_[1::2])
 
 
 def test_threads_change_nothing(isa: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from latent_cache import CACHE_FORMATS, LatentCache, constant, empty_cache, run, scattered
+from latent_cache import CACHE_FORMATS, LatentCache, Runner, constant, empty_cache, scattered
 from mla_backend import _core, ops
 from mla_backend.errors import ShapeError, UnsupportedError
 from mla_backend.ops import QuantTensor, Where
@@ -57,7 +57,8 @@ class Case:
         )
 
     def got(self, where: Where, k_b: _core.Tensor | None = None, v_b: Any = None) -> Array:
-        g = _core.Graph()
+        runner = Runner(where)
+        g = runner.graph
         own = np.swapaxes(self.k_b, 1, 2) if self.k_b_transposed else self.k_b
         n_rows = len(self.spans) + 2
         spans = np.full((n_rows, 6), -7, np.int32)  # what follows the end is not looked at
@@ -66,8 +67,7 @@ class Case:
         node = g.mla_attention(
             self.place(g, "q_nope", self.q_nope),
             self.place(g, "q_rope", self.q_rope),
-            g.state("latent", self.cache.tensor(0)),
-            g.state("rope", self.cache.tensor(1)),
+            *runner.planes(self.cache),
             g.weight("k_b", k_b) if k_b else constant(g, "k_b", np.ascontiguousarray(own)),
             g.weight("v_b", v_b) if v_b else constant(g, "v_b", self.v_b),
             g.input("spans", "I32", [n_rows, 6]),
@@ -78,7 +78,7 @@ class Case:
             precision=self.precision,
         )
         g.output(node)
-        return run(g, where, {"spans": spans, "block_table": self.block_table})
+        return runner.run({"spans": spans, "block_table": self.block_table})
 
 
 def make_case(

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
-from latent_cache import constant, run, scattered
+from latent_cache import Runner, constant, scattered
 from mla_backend import _core
 from mla_backend.errors import FormatError, ShapeError
 from mla_backend.ops import Where
@@ -38,14 +38,15 @@ def node_of(g: _core.Graph, x: Array, format: str = "F32") -> _core.Node:
 
 def add(state: Sums, x: Any, where: Where, ids: Array | None = None) -> None:
     """Add the squares of an array, or of the node that a function of the graph makes."""
-    g = _core.Graph()
+    runner = Runner(where)
+    g = runner.graph
     sums = g.state("sums", _core.Tensor(state[0], "F32", list(state[0].shape)))
     counts = g.state("counts", _core.Tensor(state[1], "I32", list(state[1].shape)))
     node = constant(g, "x", x) if isinstance(x, np.ndarray) else x(g)
     chosen = constant(g, "ids", ids) if ids is not None else None
     written = g.square_sums(sums, counts, node, chosen)
     g.output(written[0])
-    run(g, where)
+    runner.run()
 
 
 def empty(groups: int, n: int) -> Sums:
