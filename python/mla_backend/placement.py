@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Final
 
 from mla_backend.config import ModelConfig
@@ -71,9 +71,9 @@ class Placement:
 
     def of(self, name: str) -> str:
         """Where the weight of this name lies."""
-        for pattern, device in self.overrides:
-            if pattern.search(name):
-                return device
+        device = _override(name, self.overrides)
+        if device is not None:
+            return device
         found = _LAYER.match(name)
         if found is None:
             return self.layers[0] if name.startswith("token_embd.") else self.output
@@ -101,18 +101,24 @@ class Placement:
 
 @dataclass(frozen=True)
 class _Costs:
-    """Bytes of weights."""
+    """Bytes, by what lies together: of each layer with its cache, and of its experts."""
 
     layers: list[int]
     experts: list[int]
     embedding: int
     output: int
-    cache_of_layer: int = 0
-    total: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        weights = sum(self.layers) + sum(self.experts) + self.embedding + self.output
-        object.__setattr__(self, "total", weights)
+    def of_layer(self, layer: int, *, with_experts: bool) -> int:
+        """The embedding is the first layer's, the output the last's."""
+        n_bytes = self.layers[layer] + (self.experts[layer] if with_experts else 0)
+        n_bytes += self.embedding if layer == 0 else 0
+        return n_bytes + (self.output if layer == len(self.layers) - 1 else 0)
+
+
+@dataclass(frozen=True)
+class _Gpus:
+    names: list[str]
+    budgets: list[int]
 
 
 def everything_on(config: ModelConfig, device: str) -> Placement:
@@ -140,30 +146,29 @@ def place(
     Raises:
         UsageError: an option names a device that is not here, or has no sense.
     """
-    overrides = _compile(options.override_tensor, [room.name for room in rooms])
-    if not rooms or options.gpu_layers == 0:
-        everywhere = everything_on(config, CPU)
-        return Placement(everywhere.layers, everywhere.experts, CPU, overrides)
-    split = _check_split(options.tensor_split, rooms)
-    costs = _costs(config, sizes, cache_bytes)
-    budgets = [int(room.free_bytes * _SHARE) - workspace_bytes - _SPARE_BYTES for room in rooms]
     names = [room.name for room in rooms]
-    if options.gpu_layers is not None:
-        n = min(options.gpu_layers, config.n_layer)
-        first = config.n_layer - n
-        output = options.gpu_layers > config.n_layer
-        layers = _deal(costs, first, names, split or _by_bytes(costs, first, budgets))
+    overrides = _compile(options.override_tensor, names)
+    if options.gpu_layers is not None and options.gpu_layers < 0:
+        raise UsageError(f"gpu_layers is {options.gpu_layers}, accepted is 0 or more")
+    if not rooms or options.gpu_layers == 0:
+        return replace(everything_on(config, CPU), overrides=overrides)
+    split = _check_split(options.tensor_split, rooms)
+    budgets = [int(room.free_bytes * _SHARE) - workspace_bytes - _SPARE_BYTES for room in rooms]
+    placed = _placed_by_name(sizes, overrides)
+    gpus = _Gpus(names, [n - placed.get(name, 0) for name, n in zip(names, budgets, strict=True)])
+    costs = _costs(config, sizes, overrides, cache_bytes, cpu_moe=options.cpu_moe)
+    if options.gpu_layers is None:
+        layers = _layers_that_fit(costs, gpus, split)
+        output = layers[-1]
+        experts = _experts_that_fit(costs, layers, gpus)
     else:
-        first = _first_that_fits(costs, budgets)
-        output = first < config.n_layer
-        layers = _deal(costs, first, names, split or _by_bytes(costs, first, budgets))
-    experts = list(layers)
+        first = max(config.n_layer - options.gpu_layers, 0)
+        layers = _deal(costs, first, gpus, split)
+        output = layers[-1] if options.gpu_layers > config.n_layer else CPU
+        experts = layers
     if options.cpu_moe:
-        experts = [CPU] * config.n_layer
-    elif options.gpu_layers is None:
-        experts = _experts_that_fit(costs, layers, names, budgets)
-    last = layers[-1] if output else CPU
-    return Placement(tuple(layers), tuple(experts), last, overrides)
+        experts = [CPU if i >= config.n_layer_dense else d for i, d in enumerate(layers)]
+    return Placement(tuple(layers), tuple(experts), output, overrides)
 
 
 def fitting_context(
@@ -206,11 +211,37 @@ def _check_split(split: Sequence[float] | None, rooms: Sequence[Room]) -> list[f
     return [part / sum(split) for part in split]
 
 
-def _costs(config: ModelConfig, sizes: Mapping[str, int], cache_bytes: int) -> _Costs:
+def _placed_by_name(
+    sizes: Mapping[str, int], overrides: Sequence[tuple[re.Pattern[str], str]]
+) -> dict[str, int]:
+    """Bytes by device of the weights that ``override_tensor`` places."""
+    placed: dict[str, int] = {}
+    for name, n_bytes in sizes.items():
+        device = _override(name, overrides)
+        if device is not None:
+            placed[device] = placed.get(device, 0) + n_bytes
+    return placed
+
+
+def _override(name: str, overrides: Sequence[tuple[re.Pattern[str], str]]) -> str | None:
+    return next((device for pattern, device in overrides if pattern.search(name)), None)
+
+
+def _costs(
+    config: ModelConfig,
+    sizes: Mapping[str, int],
+    overrides: Sequence[tuple[re.Pattern[str], str]],
+    cache_bytes: int,
+    *,
+    cpu_moe: bool,
+) -> _Costs:
+    """Without the weights whose place is decided already."""
     layers, experts = [0] * config.n_layer, [0] * config.n_layer
     embedding = output = 0
     for name, n_bytes in sizes.items():
         found = _LAYER.match(name)
+        if _override(name, overrides) is not None or (cpu_moe and _EXPERTS in name):
+            continue
         if found is not None:
             (experts if _EXPERTS in name else layers)[int(found[1])] += n_bytes
         elif name.startswith("token_embd."):
@@ -219,75 +250,95 @@ def _costs(config: ModelConfig, sizes: Mapping[str, int], cache_bytes: int) -> _
             output += n_bytes
     if config.tied_embeddings:
         output += embedding
-    return _Costs(layers, experts, embedding, output, cache_bytes // config.n_layer)
+    cache_of_layer = -(-cache_bytes // config.n_layer)
+    return _Costs([n + cache_of_layer for n in layers], experts, embedding, output)
 
 
-def _first_that_fits(costs: _Costs, budgets: Sequence[int]) -> int:
-    """The first layer of those that fit, without experts, from the last one on."""
-    room = sum(max(budget, 0) for budget in budgets) - costs.output
+def _layers_that_fit(costs: _Costs, gpus: _Gpus, split: Sequence[float] | None) -> list[str]:
+    """The last layers and the output on GPUs: as many as fit, without experts where need be."""
     n_layer = len(costs.layers)
-    if room < 0:
-        return n_layer
-    for layer in reversed(range(n_layer)):
-        room -= costs.layers[layer] + costs.cache_of_layer
-        if layer == 0:
-            room -= costs.embedding
-        if room < 0:
-            return layer + 1
-    return 0
+    if split is None:
+        whole = _fill(costs, 0, gpus, with_experts=True)
+        if whole is not None:
+            return whole
+    for first in range(n_layer):
+        # In parts of what each GPU has room for, so that experts find room on all of them; or
+        # tightly, where whole layers do not come out in these parts.
+        layers = _deal(costs, first, gpus, split)
+        rooms = _rooms(costs, layers, gpus)
+        if all(rooms[device] >= 0 for device in set(layers) - {CPU}):
+            return layers
+        tight = _fill(costs, first, gpus, with_experts=False) if split is None else None
+        if tight is not None:
+            return tight
+    return [CPU] * n_layer
 
 
-def _by_bytes(costs: _Costs, first: int, budgets: Sequence[int]) -> list[float]:
-    """Parts of the layers from ``first`` on: the first GPUs are filled, the others keep free."""
-    left = float(sum(_whole(costs, i) for i in range(first, len(costs.layers))) + costs.output)
-    needed = max(left, 1.0)
-    parts = []
-    for budget in budgets:
-        part = min(float(max(budget, 0)), left)
-        parts.append(part / needed)
-        left -= part
-    # What fits nowhere (experts that will stay behind) spreads as the rest does.
-    total = sum(parts)
-    return [part / total for part in parts] if total > 0 else [1.0] + [0.0] * (len(parts) - 1)
+def _fill(costs: _Costs, first: int, gpus: _Gpus, *, with_experts: bool) -> list[str] | None:
+    """Layers from ``first`` on to one GPU after the other, each until it is full."""
+    rooms = list(gpus.budgets)
+    layers, device = [CPU] * first, 0
+    for layer in range(first, len(costs.layers)):
+        needed = costs.of_layer(layer, with_experts=with_experts)
+        while device < len(rooms) and rooms[device] < needed:
+            device += 1
+        if device == len(rooms):
+            return None
+        rooms[device] -= needed
+        layers.append(gpus.names[device])
+    return layers
 
 
-def _whole(costs: _Costs, layer: int) -> int:
-    return costs.layers[layer] + costs.experts[layer] + costs.cache_of_layer
+def _deal(costs: _Costs, first: int, gpus: _Gpus, split: Sequence[float] | None) -> list[str]:
+    """Layers from ``first`` on to one GPU after the other, in these parts of their bytes.
 
-
-def _deal(costs: _Costs, first: int, names: Sequence[str], parts: Sequence[float]) -> list[str]:
-    """Consecutive layers to one device after the other, in these parts of their bytes."""
-    n_layer = len(costs.layers)
-    devices = [CPU] * first
-    total = sum(_whole(costs, i) for i in range(first, n_layer))
-    done, device, bound = 0.0, 0, parts[0]
-    for layer in range(first, n_layer):
-        middle = (done + _whole(costs, layer) / 2) / max(total, 1)
-        while middle > bound + 1e-9 and device + 1 < len(names):
+    Without parts, the first GPUs are filled, and the others keep free.
+    """
+    sizes = [costs.of_layer(i, with_experts=True) for i in range(len(costs.layers))]
+    total = max(sum(sizes[first:]), 1)
+    parts = split or _parts(total, gpus.budgets)
+    layers = [CPU] * first
+    done, device, bound = 0, 0, parts[0]
+    last = max(i for i, part in enumerate(parts) if part > 0)
+    for size in sizes[first:]:
+        while (done + size / 2) / total > bound and device < last:
             device += 1
             bound += parts[device]
-        devices.append(names[device])
-        done += _whole(costs, layer)
-    return devices
+        layers.append(gpus.names[device])
+        done += size
+    return layers
 
 
-def _experts_that_fit(
-    costs: _Costs, layers: Sequence[str], names: Sequence[str], budgets: Sequence[int]
-) -> list[str]:
-    """Experts on their layer's device as far as there is room, from the last layer on."""
-    room = dict(zip(names, budgets, strict=True))
+def _parts(total: int, budgets: Sequence[int]) -> list[float]:
+    left, parts = total, []
+    for budget in budgets:
+        part = min(max(budget, 0), left)
+        parts.append(part)
+        left -= part
+    # What fits nowhere (experts that will stay behind) spreads as the rest does.
+    placed = total - left
+    return [part / placed for part in parts] if placed else [1.0] + [0.0] * (len(parts) - 1)
+
+
+def _rooms(costs: _Costs, layers: Sequence[str], gpus: _Gpus) -> dict[str, int]:
+    """Bytes left on each GPU by these layers without their experts."""
+    rooms = dict(zip(gpus.names, gpus.budgets, strict=True))
     for layer, device in enumerate(layers):
         if device != CPU:
-            room[device] -= costs.layers[layer] + costs.cache_of_layer
-    if layers and layers[0] != CPU:
-        room[layers[0]] -= costs.embedding
-    if layers and layers[-1] != CPU:
-        room[layers[-1]] -= costs.output
-    experts = [CPU] * len(layers)
+            rooms[device] -= costs.of_layer(layer, with_experts=False)
+    return rooms
+
+
+def _experts_that_fit(costs: _Costs, layers: Sequence[str], gpus: _Gpus) -> list[str]:
+    """Experts on their layer's device as far as there is room, from the last layer on."""
+    rooms = _rooms(costs, layers, gpus)
+    experts = list(layers)
     for layer in reversed(range(len(layers))):
-        device = layers[layer]
-        if device == CPU or (costs.experts[layer] and room[device] < costs.experts[layer]):
+        device, needed = layers[layer], costs.experts[layer]
+        if device == CPU or needed == 0:
             continue
-        room[device] -= costs.experts[layer]
-        experts[layer] = device
+        if needed <= rooms[device]:
+            rooms[device] -= needed
+        else:
+            experts[layer] = CPU
     return experts
