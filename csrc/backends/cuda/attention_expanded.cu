@@ -16,24 +16,16 @@ namespace {
 // Real models: N = V = 128, R = 64. 128 queries a block, 68 KB of shared memory: two blocks have
 // room in the 164 KB of an 8.0 multiprocessor, and 64 cells a step would not fit the registers.
 using Usual = ExpandedDims<2, 32, 128, 64, 128>;
-// Any dimensions, half the queries and keys: at most 56 KB (72 KB with V > 128).
+// Any dimensions, half the queries and keys: at most 56 KB (64 KB with V > 128).
 using Narrow = ExpandedDims<1, 32, 0, 0, 128>;
 using Wide = ExpandedDims<1, 32, 0, 0, 256>;
 
-constexpr size_t kStaticSmemBytes = 1024;  // at most: the scales of a tile's rows
+constexpr size_t kStaticSmemBytes = 1024;  // at most: factors of the rows, jobs
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t pad8(int64_t n) { return ceil_div(n, 8) * 8; }
 int padded_dim(const AttentionArgs& a) {
   return static_cast<int>(ceil_div(a.n + pad8(a.r), 16) * 16);
-}
-
-bool has_warpgroups(const DeviceInfo& device) {
-#ifdef MLA_CUDA_EMULATE
-  return device.capability() == 90;
-#else
-  return has_wgmma(device);
-#endif
 }
 
 // Calls use(D{}) with the dimensions that serve the node; false where none do.
@@ -42,7 +34,7 @@ bool with_dims(const AttentionArgs& a, const DeviceInfo& device, const Use& use)
   const int dim = padded_dim(a);
   const auto fits = [&](size_t bytes) { return bytes + kStaticSmemBytes <= device.smem_per_block; };
   const bool usual = a.n == Usual::kNope && a.r == Usual::kRope && a.v == Usual::kValue;
-  if (usual && has_warpgroups(device) && fits(warpgroups::kSmemBytes)) {
+  if (usual && has_wgmma(device) && fits(warpgroups::kSmemBytes)) {
     use(ExpandedWarpgroups{});
   } else if (usual && fits(expanded_smem_bytes<Usual>(dim))) {
     use(Usual{});
