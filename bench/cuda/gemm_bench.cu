@@ -174,8 +174,9 @@ void dense_quantized(Bench& b, Format format, int64_t n, int64_t k, std::vector<
     Gemm g;
     g.m = m, g.n = static_cast<int>(n), g.k = static_cast<int>(k);
     g.a = x.get(), g.b = w.get(), g.c = c.get(), g.lda = g.ldb = k, g.ldc = n;
-    const Memory<std::byte> scratch(static_cast<int64_t>(gemm_scratch_bytes(g, b.device)) + 16);
-    if (gemm_scratch_bytes(g, b.device) > 0) g.scratch = scratch.get();
+    g.scratch_bytes = gemm_scratch_bytes(g, b.device);
+    const Memory<std::byte> scratch(static_cast<int64_t>(g.scratch_bytes) + 16);
+    g.scratch = scratch.get();
     gemm(b.run(), g);
     const double error = b.error_of({x.get(), w.get(), c.get(), m, n, k, nullptr, 1, true});
     const double alone = b.us([&] { gemm(b.run(), g); });
@@ -201,8 +202,9 @@ void dense_plain(Bench& b, int m, int64_t n, int64_t k, bool fused) {
   g.m = m, g.n = static_cast<int>(n), g.k = static_cast<int>(k);
   g.a = x.get(), g.b = w.get(), g.b_up = fused ? up.get() : nullptr, g.c = c.get();
   g.lda = g.ldb = k, g.ldc = n;
-  const Memory<std::byte> scratch(static_cast<int64_t>(gemm_scratch_bytes(g, b.device)) + 16);
-  if (gemm_scratch_bytes(g, b.device) > 0) g.scratch = scratch.get();
+  g.scratch_bytes = gemm_scratch_bytes(g, b.device);
+  const Memory<std::byte> scratch(static_cast<int64_t>(g.scratch_bytes) + 16);
+  g.scratch = scratch.get();
   gemm(b.run(), g);
   const double error =
       fused ? 0 : b.error_of({x.get(), w.get(), c.get(), m, n, k, nullptr, 1, true});

@@ -55,8 +55,9 @@ void dense(Context& t, const DenseCase& c) {
   g.m_limit = c.m_limit >= 0 ? dlimit.get() : nullptr;
   g.n_batch = c.n_batch, g.batch_a = c.m * lda, g.batch_b = c.shared_b ? 0 : c.n * ldb;
   g.batch_c = g.batch_residual = c.m * ldc, g.batch_scale = c.m;
-  const Device<std::byte> scratch(gemm_scratch_bytes(g, t.device));
-  if (gemm_scratch_bytes(g, t.device) > 0) g.scratch = scratch.get();
+  g.scratch_bytes = gemm_scratch_bytes(g, t.device);
+  const Device<std::byte> scratch(g.scratch_bytes);
+  g.scratch = scratch.get();
   gemm(t.run(), g);
 
   const std::vector<float> out = dc.host(t.stream);

@@ -119,7 +119,7 @@ void gemm(const CudaRun& run, const Gemm& g) {
   const int64_t n_results = int64_t{g.n_batch} * g.m * g.n;
   if (n_results == 0) return;
   GemmPlan plan = plan_gemm(g, run.device, has_wgmma(run.device));
-  if (g.scratch == nullptr) plan.n_split = 1, plan.k_split = std::max(g.k, 1);
+  if (partial_bytes(g, plan) > g.scratch_bytes) plan.n_split = 1, plan.k_split = std::max(g.k, 1);
   const GemmParams p = params(g, plan);
   launch_planned(run, g.operand, plan, p);
   if (plan.n_split == 1) return;

@@ -40,9 +40,10 @@ struct Gemm {
   const int* m_limit = nullptr;  // on the device: rows from *m_limit on are not written; null: all
   int n_batch = 1;               // a stride of 0 shares the operand
   int64_t batch_a = 0, batch_b = 0, batch_c = 0, batch_scale = 0, batch_residual = 0;
-  // Room for partial sums, gemm_scratch_bytes() of it. Without it narrow products leave
+  // Room for partial sums, gemm_scratch_bytes() of it. With less, narrow products leave
   // multiprocessors idle, and that is all.
   std::byte* scratch = nullptr;
+  size_t scratch_bytes = 0;
 };
 
 size_t gemm_scratch_bytes(const Gemm& gemm, const DeviceInfo& device);

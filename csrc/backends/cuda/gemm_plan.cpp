@@ -63,7 +63,7 @@ int64_t blocks(int64_t tiles, const Shape& shape, const DeviceInfo& device) {
 
 GemmPlan plan_gemm(const Gemm& g, const DeviceInfo& device, bool wgmma) {
   GemmPlan plan;
-  plan.path = wgmma ? GemmPlan::Path::wgmma : GemmPlan::Path::mma;
+  plan.path = wgmma && g.k > 0 ? GemmPlan::Path::wgmma : GemmPlan::Path::mma;
   const Shape* best = nullptr;
   double best_cost = 0;
   for (const Shape& shape : shapes(plan.path)) {
@@ -85,7 +85,7 @@ GemmPlan plan_grouped_gemm(const GroupedGemm& g, const DeviceInfo& device, bool 
   GemmPlan plan;
   // Rows gathered by the threads themselves are built for f16 alone.
   const bool gathers_bf16 = g.operand == Operand::bf16 && g.pairs_per_row != 0;
-  plan.path = wgmma && !gathers_bf16 ? GemmPlan::Path::wgmma : GemmPlan::Path::mma;
+  plan.path = wgmma && g.k > 0 && !gathers_bf16 ? GemmPlan::Path::wgmma : GemmPlan::Path::mma;
   plan.k_split = std::max(g.k, 1);
   const int64_t rows = ceil_div(int64_t{g.n_rows} * g.n_experts, std::max(g.n_model_experts, 1));
   const Shape* best = nullptr;

@@ -64,6 +64,7 @@ struct Pass {
   std::byte* w = nullptr;
   std::byte* up = nullptr;
   std::byte* gemm_scratch = nullptr;
+  size_t gemm_bytes = 0;  // of it
   int* offsets = nullptr;
   int* sorted = nullptr;
   float* pairs = nullptr;  // products waiting for their sum
@@ -94,8 +95,8 @@ struct Pass {
       offsets = room.take<int>(p.n_experts + 1);
       sorted = room.take<int>(int64_t{tokens_at_once} * p.extent[2]);
     } else {
-      gemm_scratch = room.take<std::byte>(
-          static_cast<int64_t>(gemm_scratch_bytes(dense(0, rows_at_once, 1), device)));
+      gemm_bytes = gemm_scratch_bytes(dense(0, rows_at_once, 1), device);
+      gemm_scratch = room.take<std::byte>(static_cast<int64_t>(gemm_bytes));
     }
   }
 
@@ -121,6 +122,7 @@ struct Pass {
     g.row_scale = operand == Operand::f16 ? scales : nullptr;
     g.c = product.out == nullptr ? nullptr : product.out + first_row;
     g.scratch = gemm_scratch;
+    g.scratch_bytes = gemm_bytes;
     return g;
   }
 };

@@ -209,7 +209,7 @@ __device__ inline void store_pair(const GemmParams& p, const OutRow& out, int co
 }
 
 __device__ inline float swiglu(float gate, float up) {
-  return gate / (1.0f + exp2_approx(-1.44269504f * gate)) * up;
+  return __fdividef(gate, 1.0f + exp2_approx(-1.44269504f * gate)) * up;
 }
 
 }  // namespace mla::cuda

@@ -151,31 +151,48 @@ __device__ inline void produce_gathered(const GemmParams& p, const TileMap& map,
   for (int s = 0; s < min(n_open, Shape::kLag); ++s, late.next()) barrier_arrive(late.full());
 }
 
+// Half of a thread's sums belong to one row of c, half to the row 8 below: `half` says which. Runs
+// of 8 columns follow each other in c, fused from both halves of the sums.
+template <int N>
+__device__ inline void store_row(const GemmParams& p, const OutRow& out, int column, int half,
+                                 const float (&sums)[N]) {
+  const bool fused = p.b_up != nullptr;
+  const bool whole = p.paired_stores && column + 2 * N - 6 <= p.n;  // the last begins 8 before
+  if (whole && !fused && !out.half && out.residual == nullptr) {    // most results
+    float* c = static_cast<float*>(out.c) + column;
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j) {
+      *reinterpret_cast<float2*>(c + 8 * j) =
+          make_float2(out.scale * sums[4 * j + 2 * half], out.scale * sums[4 * j + 2 * half + 1]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < N / 8; ++j) {
+    const float v0 = out.scale * sums[4 * j + 2 * half];
+    const float v1 = out.scale * sums[4 * j + 2 * half + 1];
+    const float u0 = out.scale * sums[N / 2 + 4 * j + 2 * half];
+    const float u1 = out.scale * sums[N / 2 + 4 * j + 2 * half + 1];
+    if (fused) {
+      store_pair(p, out, column + 8 * j, swiglu(v0, u0), swiglu(v1, u1));
+    } else {
+      store_pair(p, out, column + 8 * j, v0, v1);
+      store_pair(p, out, column + N + 8 * j, u0, u1);
+    }
+  }
+}
+
 template <class Shape, int N>
 __device__ inline void store_sums(const GemmParams& p, const Tile& t, int group,
                                   const float (&sums)[N]) {
-  const bool fused = p.b_up != nullptr;
   const int row =
       t.row + (Shape::kGroupsN == 1 ? group * 64 : 0) + warp_id() % 4 * 16 + lane_id() / 4;
   int column = t.column + 2 * (lane_id() % 4);
-  if (Shape::kGroupsN == 2) column += group * (fused ? N : 2 * N);
+  if (Shape::kGroupsN == 2) column += group * (p.b_up != nullptr ? N : 2 * N);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (row + 8 * half >= t.row_end) continue;
-    const OutRow out = out_row(p, t, row + 8 * half);
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-      const float v0 = out.scale * sums[4 * j + 2 * half];
-      const float v1 = out.scale * sums[4 * j + 2 * half + 1];
-      const float u0 = out.scale * sums[N / 2 + 4 * j + 2 * half];
-      const float u1 = out.scale * sums[N / 2 + 4 * j + 2 * half + 1];
-      if (fused) {
-        store_pair(p, out, column + 8 * j, swiglu(v0, u0), swiglu(v1, u1));
-      } else {
-        store_pair(p, out, column + 8 * j, v0, v1);
-        store_pair(p, out, column + N + 8 * j, u0, u1);
-      }
-    }
+    store_row(p, out_row(p, t, row + 8 * half), column, half, sums);
   }
 }
 
