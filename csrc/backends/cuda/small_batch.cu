@@ -2,6 +2,7 @@
 #include "backends/cuda/small_batch.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "backends/cuda/kernels/elements.cuh"
 #include "backends/cuda/product_finish.h"
@@ -30,7 +31,9 @@ struct Plan {
   int64_t n_staged = 0;    // rows of x, where a kernel before stages them
 };
 
-int tiles_index(int64_t n_rows) { return n_rows <= 8 ? 0 : n_rows <= 16 ? 1 : n_rows <= 32 ? 2 : 3; }
+int tiles_index(int64_t n_rows) {
+  return n_rows <= 8 ? 0 : n_rows <= 16 ? 1 : n_rows <= 32 ? 2 : 3;
+}
 
 // Rows that one block is likely to meet.
 int64_t likely_rows(const Product& p, Jobs jobs) {
@@ -63,11 +66,11 @@ int n_jobs_of(const Product& p, Jobs jobs) {
 void deal_rows(Plan& plan, const DeviceInfo& device) {
   const Product& p = plan.batch.product;
   const size_t of_sm = device.smem_per_block + 1024;
-  const int per_sm =
-      plan.tiles_index < 3 && 2 * (plan.smem_bytes + kOtherBytes) <= of_sm ? 2 : 1;
+  const int per_sm = plan.tiles_index < 3 && 2 * (plan.smem_bytes + kOtherBytes) <= of_sm ? 2 : 1;
   int64_t busy_jobs = plan.n_jobs;
   if (plan.batch.jobs == Jobs::experts) busy_jobs = std::min(busy_jobs, p.n_rows());
-  const int64_t per_job = std::max<int64_t>(device.n_sm * per_sm / std::max<int64_t>(busy_jobs, 1), 1);
+  const int64_t per_job =
+      std::max<int64_t>(device.n_sm * per_sm / std::max<int64_t>(busy_jobs, 1), 1);
   const int64_t rows = std::max<int64_t>((p.n + per_job - 1) / per_job, kMinBlockRows);
   plan.batch.rows_per_block =
       static_cast<int>((rows + kRowGranule - 1) / kRowGranule * kRowGranule);
@@ -96,7 +99,8 @@ Plan make_plan(const Product& product, Finish finish, const DeviceInfo& device) 
 
   const size_t ring = static_cast<size_t>(kSmallBatchWarps) * kernels.stage_bytes *
                       stages_of(kernels.stage_bytes, device.capability());
-  const size_t parts = (product.swiglu ? 2u : 1u) * kSmallBatchWarps * 512u * (1u << plan.tiles_index);
+  const size_t parts =
+      (product.swiglu ? 2u : 1u) * kSmallBatchWarps * 512u * (1u << plan.tiles_index);
   b.parts_at = static_cast<int>(ring);
   b.x_at = static_cast<int>(ring + parts);
   plan.smem_bytes = ring + parts;
@@ -128,6 +132,8 @@ struct Memory {
 };
 
 bool readable_in_pieces(const Weight& w, int k) {
+  // Kernels count the bytes of 16 rows in 32 bits.
+  if (std::abs(w.row_stride) >= int64_t{1} << 26) return false;
   if (traits(w.format).quantized) return true;
   return w.step == 2 && k % 8 == 0 && w.row_stride % 16 == 0 && w.matrix_stride[0] % 16 == 0 &&
          w.matrix_stride[1] % 16 == 0 && reinterpret_cast<uintptr_t>(w.data) % 16 == 0;

@@ -22,11 +22,9 @@
 #include <utility>
 
 #include "backends/cuda/kernels/decode.cuh"
-#include "backends/cuda/kernels/staged_rows.cuh"
+#include "backends/cuda/kernels/small_batch_job.cuh"
 
 namespace mla::cuda {
-
-inline constexpr int kTileRows = 16;  // of w
 
 // ---- copies -------------------------------------------------------------------------------------
 
@@ -96,7 +94,7 @@ __device__ __forceinline__ Planes planes_of(int k) {
 }
 
 template <Format F, int I>
-__device__ __forceinline__ void copy_plane(std::byte* stage, const std::byte* w, int64_t row_stride,
+__device__ __forceinline__ void copy_plane(std::byte* stage, const std::byte* w, int row_stride,
                                            int n_rows, int unit, const Planes& planes) {
   using Layout = StageLayout<F>;
   constexpr int n = Layout::pieces(I), n_copies = kTileRows * n;
@@ -109,7 +107,7 @@ __device__ __forceinline__ void copy_plane(std::byte* stage, const std::byte* w,
       if (n_copies % kWarpThreads != 0 && index >= n_copies) break;
       const int at = first + 16 * piece;
       const bool valid = row < n_rows && at < length;
-      const std::byte* from = w + (valid ? row * row_stride + planes.at[I] + at : 0);
+      const std::byte* from = w + (row * row_stride + planes.at[I] + at);
       cp_async16(stage + row * Layout::kPitch + Layout::at(I) + 16 * piece, from, valid);
     }
   }
@@ -117,7 +115,7 @@ __device__ __forceinline__ void copy_plane(std::byte* stage, const std::byte* w,
 
 // Unit `unit` of rows w, w + row_stride, ..; zeros for rows from n_rows on and behind the end of k.
 template <Format F>
-__device__ __forceinline__ void copy_unit(std::byte* stage, const std::byte* w, int64_t row_stride,
+__device__ __forceinline__ void copy_unit(std::byte* stage, const std::byte* w, int row_stride,
                                           int n_rows, int unit, const Planes& planes) {
   copy_plane<F, 0>(stage, w, row_stride, n_rows, unit, planes);
   copy_plane<F, 1>(stage, w, row_stride, n_rows, unit, planes);
@@ -145,8 +143,8 @@ inline constexpr float kSubnormal = 16777216.0f;  // 2^24: what a subnormal half
 template <int offset>
 __device__ __forceinline__ uint32_t minus(uint32_t halves) {
   const uint32_t bits = (0xe400u + offset) * 0x10001u;  // -(1024 + offset)
-  const __half2 v = __hadd2(*reinterpret_cast<const __half2*>(&halves),
-                            *reinterpret_cast<const __half2*>(&bits));
+  const __half2 v =
+      __hadd2(*reinterpret_cast<const __half2*>(&halves), *reinterpret_cast<const __half2*>(&bits));
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 

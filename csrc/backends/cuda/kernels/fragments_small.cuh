@@ -8,7 +8,6 @@ namespace mla::cuda {
 
 // ---- formats ------------------------------------------------------------------------------------
 
-
 // 4-bit blocks, with a fifth bit, with minima or an offset.
 template <Format F, bool fifth, bool min>
 struct SmallBlocks : NeighbourGroups {

@@ -41,7 +41,8 @@ struct ScaledMinima : NeighbourGroups {
     using namespace fragments;
     uint32_t r[4], q[4] = {};
     load_pieces<F>(r, stage, 32 * i, 32 * i + 16);
-    if constexpr (fifth) load_pieces<F>(q, stage, StageLayout<F>::at(1), StageLayout<F>::at(1) + 16);
+    if constexpr (fifth)
+      load_pieces<F>(q, stage, StageLayout<F>::at(1), StageLayout<F>::at(1) + 16);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
@@ -179,7 +180,8 @@ struct Fragments<Format::Q2_K> : NeighbourGroups {
     constexpr float first_scale = 1.0f / (1 << (2 * j)), second_scale = first_scale / 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint32_t s = word_at(lane_row<F>(stage, h) + StageLayout<F>::at(1) + 4 * i) & 0x0f0f0f0fu;
+      const uint32_t s =
+          word_at(lane_row<F>(stage, h) + StageLayout<F>::at(1) + 4 * i) & 0x0f0f0f0fu;
       f.scale[0][0][h] = d[h] * first_scale * byte_float<0>(s);
       f.scale[0][1][h] = d[h] * first_scale * byte_float<1>(s);
       f.scale[1][0][h] = d[h] * second_scale * byte_float<2>(s);
