@@ -93,14 +93,26 @@ Step Executor::resolve(const PlannedStep& planned) const {
   return step;
 }
 
+// The CPU's operations check for themselves; a device is not given what it cannot check.
+void Executor::note_checks(const PlannedStep& planned) {
+  if (planned.node == nullptr || workspace_->domain_of(planned.backend) == kHost) return;
+  const IndexCheck check = index_check_of(*planned.node);
+  if (check.indices == nullptr) return;
+  const Op root = root_of(check.indices).node->op;
+  if (root != Op::input && root != Op::weight) return;
+  checks_.push_back({check, resolve(check.indices, kHost)});
+}
+
 void Executor::compile() {
   segments_.clear();
+  checks_.clear();
   steps_.clear();
   for (const PlannedStep& planned : plan_.steps) {
     if (segments_.empty() || segments_.back().backend != planned.backend) {
       segments_.push_back({planned.backend, steps_.size(), steps_.size(), nullptr});
     }
     steps_.push_back(resolve(planned));
+    note_checks(planned);
     segments_.back().end = steps_.size();
   }
   for (Segment& segment : segments_) {  // programs point into steps_, which stays as it is now
@@ -147,6 +159,7 @@ void Executor::run(std::span<const InputData> inputs, const Checkpoint& checkpoi
   if (bound_generation_ != workspace_->generation()) bind();
   const uint64_t values = workspace_->next_values();
   fill(inputs);
+  for (const HostCheck& host : checks_) check_indices(host.check, host.indices);
   const auto& backends = workspace_->backends();
   const Segment* before = nullptr;
   // What one backend has begun must be done before another reads it, or reuses its memory.

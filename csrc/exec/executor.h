@@ -6,6 +6,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "exec/index_checks.h"
 #include "exec/planner.h"
 
 namespace mla {
@@ -43,6 +44,7 @@ class Executor {
   Tensor resolve(Node* node, Domain domain) const;
   Step resolve(const PlannedStep& planned) const;
   void compile();
+  void note_checks(const PlannedStep& planned);
   void copy_constants();
   void fill(std::span<const InputData> inputs);
 
@@ -50,6 +52,11 @@ class Executor {
   std::shared_ptr<Workspace> workspace_;
   Plan plan_;
   std::vector<Step> steps_;
+  struct HostCheck {
+    IndexCheck check;
+    Tensor indices;  // in host memory
+  };
+  std::vector<HostCheck> checks_;
   std::vector<Segment> segments_;
   std::vector<Node*> inputs_;
   std::vector<Node*> outputs_;
