@@ -383,6 +383,7 @@ template <class T, int kRows, bool kQ8>
 __global__ void __launch_bounds__(kTileThreads, 1)
     absorbed_kernel(const __grid_constant__ AttentionArgs a,
                     const __grid_constant__ AbsorbedPlan plan) {
+#if !defined(MLA_CUDA_ARCH) || MLA_CUDA_ARCH == 0 || MLA_CUDA_ARCH >= 800  // see absorbed_fits
   constexpr int kVariant = kRows == 64 ? kWide : kNarrow;
   pdl_trigger();
   pdl_wait();
@@ -408,6 +409,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     if (at >= end) return;
     entry = find_work(entries, first_entries(a, entries), totals.n_entries, at);
   }
+#endif
 }
 
 }  // namespace mla::cuda
