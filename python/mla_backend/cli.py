@@ -16,6 +16,7 @@ from typer.main import get_command
 from .commands.chat import chat
 from .commands.convert import convert
 from .commands.demo import demo
+from .commands.doctor import doctor
 from .commands.grouping import grouped
 from .commands.imatrix import imatrix
 from .commands.inspect import inspect
@@ -39,6 +40,7 @@ COMMANDS = (
     imatrix,
     perplexity,
     synth,
+    doctor,
     version,
 )
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 from mla_backend import _core
 from mla_backend.errors import DeviceError, UsageError
 
+#: Tensor cores that multiply F16, with the loads that feed them.
+OLDEST_CAPABILITY: Final = (7, 5)
 _NVIDIA = Path("/proc/driver/nvidia/version")
 _ACCEPTED = "auto, cpu, cuda, or cuda:0 and the like"
 
@@ -76,12 +79,10 @@ def open_devices(cpu: _core.CpuBackend, device: str) -> tuple[Devices, str | Non
         raise UsageError(f"device {device!r}; accepted are {_ACCEPTED}")
     if device == "cpu":
         return Devices(cpu), None
-    problem = cuda_problem()
-    if problem and device != "auto":
+    if device == "auto":
+        return _usable_devices(cpu)
+    if problem := cuda_problem():
         raise DeviceError(f"device {device!r}: {problem}")
-    if problem:
-        idle = _NVIDIA.exists()
-        return Devices(cpu), f"the GPU is not used: {problem}" if idle else None
     _, _, number = device.partition(":")
     numbers = [int(number)] if number else range(_module().device_count())
     return Devices(cpu, tuple(open_cuda(i) for i in numbers)), None
@@ -92,8 +93,58 @@ def open_cuda(number: int, *, record: bool = True) -> _core.Backend:
 
     ``record``: what runs again is replayed as one recorded graph.
     """
-    backend: _core.Backend = _module().CudaBackend(number, record)
+    module = _module()
+    if 0 <= number < module.device_count() and (problem := device_problem(number)):
+        raise DeviceError(f"cuda:{number}: {problem}")
+    backend: _core.Backend = module.CudaBackend(number, record)
     return backend
+
+
+def device_problem(number: int) -> str:
+    """Why the kernels here cannot run on this device, which the driver shows; "" where they can."""
+    module = _module()
+    info = module.device_info(number)
+    return code_problem(info["name"], info["capability"], module.compiled_archs())
+
+
+def code_problem(name: str, capability: tuple[int, int], archs: Sequence[str]) -> str:
+    """Why kernels compiled for ``archs`` cannot run on a GPU; "" where they can.
+
+    ``archs``: "80-real" runs on 8.0 to 8.9, "90a-real" on 9.0 alone, "80-virtual" from 8.0 on.
+    """
+    major, minor = capability
+    is_a = f"{name} has compute capability {major}.{minor}"
+    if capability < OLDEST_CAPABILITY:
+        oldest = ".".join(map(str, OLDEST_CAPABILITY))
+        return f"{is_a}, accepted is {oldest} or later"
+    if any(_runs_on(arch, capability) for arch in archs):
+        return ""
+    return (
+        f"{is_a}, and this build has code for {', '.join(archs)}: "
+        f"install it again with MLA_CUDA_ARCHS={major}{minor}{'a' if major == 9 else ''}-real"
+    )
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    found = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", arch)
+    if found is None:
+        return False
+    compiled = int(found[1]), int(found[2])
+    if found[3]:
+        return compiled == capability
+    ahead = found[4] != "-real" and compiled <= capability
+    return ahead or (compiled[0] == capability[0] and compiled[1] <= capability[1])
+
+
+def _usable_devices(cpu: _core.CpuBackend) -> tuple[Devices, str | None]:
+    """Those that can be used, and why the others cannot."""
+    if problem := cuda_problem():
+        idle = _NVIDIA.exists()
+        return Devices(cpu), f"the GPU is not used: {problem}" if idle else None
+    problems = {i: device_problem(i) for i in range(_module().device_count())}
+    usable = tuple(open_cuda(i) for i, problem in problems.items() if not problem)
+    notes = [f"cuda:{i} is not used: {problem}" for i, problem in problems.items() if problem]
+    return Devices(cpu, usable), "; ".join(notes) or None
 
 
 def _module() -> Any:

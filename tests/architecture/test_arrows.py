@@ -77,6 +77,7 @@ LAYER = {
     "chat": "tokenizer",
     "chunks": "model",
     "config_keys": "config",
+    "diagnosis": "model",
     "eager": "ops",
     "imatrix": "model",
     "imatrix_file": "gguf",

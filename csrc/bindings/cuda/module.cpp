@@ -3,6 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sstream>
+#include <string>
+#include <vector>
+
 #include "backends/cuda/cuda_backend.h"
 #include "bindings/cuda/register_cells.h"
 #include "bindings/register.h"
@@ -26,6 +30,13 @@ py::dict describe(int index) {
   return out;
 }
 
+std::vector<std::string> compiled_archs() {
+  std::vector<std::string> archs;
+  std::istringstream all(MLA_CUDA_ARCHS);
+  for (std::string arch; std::getline(all, arch, ',');) archs.push_back(arch);
+  return archs;
+}
+
 }  // namespace
 }  // namespace mla::bindings
 
@@ -39,6 +50,9 @@ PYBIND11_MODULE(MLA_CUDA_MODULE, m) {
         "Why no device can be used; \"\" where one can.");
   m.def("driver_version", &mla::cuda::driver_version, "13000 is 13.0; 0: there is no driver.");
   m.def("runtime_version", &mla::cuda::runtime_version, "Of the runtime in this module.");
+  m.def(
+      "compiled_archs", &mla::bindings::compiled_archs,
+      "Architectures as the build took them: \"90a-real\", or \"80-virtual\" for those after it.");
   m.def("device_info", &mla::bindings::describe, arg("index"),
         "name, capability, n_sm, l2_bytes, total_bytes, free_bytes. Raises DeviceError.");
   py::class_<CudaBackend, mla::Backend, std::shared_ptr<CudaBackend>> backend(m, "CudaBackend");
