@@ -6,17 +6,19 @@
 // groups meet in a product. The order of k within a group is that of staged_rows.cuh.
 //
 // Integers become halves without a conversion: q in the lowest bits of a half is the subnormal
-// number q * 2^-24, exact in the matrix unit, and 2^24 goes with the group's scale (formats without
-// an offset); or q | 0x6400 is 1024 + q, from which 1024 + offset is taken in one step. Scales stay
-// float32 and meet the float32 sums of a group: no rounding but that of x to f16 is left.
+// number q * 2^-24, exact in the matrix unit and in the subtraction of an offset, and 2^24 goes
+// with the result; bytes become 1024 + q, from which 1024 + offset is taken in one step. Scales
+// stay float32 and meet the float32 sums of a group: no rounding but that of x to f16 is left.
 //
-// Instructions per weight and lane, at most (mma, scale, copies and minima included), for one tile
-// of 8 tokens, and those of a machine at full speed, 4 a cycle and multiprocessor, in the time in
-// which its share of 4.3 TB/s brings a weight (18 bytes a cycle):
+// Instructions per weight and lane in the compiled loop for one tile of 8 tokens (sm_90a, all
+// included but the step to another tile), beside those that a multiprocessor can issue, 4 a cycle,
+// in the time in which its share of 4.3 TB/s brings a weight (18 bytes a cycle at 1.8 GHz):
 //
-//   Q4_0 2.0 / 4.0    Q4_1 1.6 / 4.4   Q5_0 2.6 / 4.9   Q5_1 2.4 / 5.3   Q8_0 2.0 / 7.6
-//   Q4_K 1.7 / 4.0    Q5_K 2.3 / 4.9   Q6_K 2.8 / 5.8   Q2_K 1.9 / 2.3   Q3_K 3.2 / 3.1
-//   IQ4_NL 3.0 / 4.0  IQ4_XS 3.2 / 3.8  F16 0.6 / 14
+//   Q4_0 2.7 / 4.0    Q4_1 2.4 / 4.4    Q5_0 4.2 / 4.9    Q5_1 3.9 / 5.3    Q8_0 3.3 / 7.6
+//   Q4_K 2.6 / 4.0    Q5_K 3.6 / 4.9    Q6_K 4.4 / 5.8    Q2_K 3.2 / 2.3    Q3_K 5.3 / 3.1
+//   IQ4_NL 4.6 / 4.0  IQ4_XS 5.4 / 3.8  F16 2.9 / 14
+//
+// Where the first is the larger, instructions and not bytes set the time.
 #pragma once
 
 #include <utility>
@@ -137,7 +139,16 @@ namespace fragments {
 
 // Every second half-byte or byte of a word, as halves: bytes 0 and 2, or 1 and 3 after >> 8.
 inline constexpr uint32_t kLow4 = 0x000f000fu, kHigh4 = 0x00f000f0u, kThousand = 0x64006400u;
-inline constexpr float kSubnormal = 16777216.0f;  // 2^24: what a subnormal half is short of
+inline constexpr float kSubnormal = 16777216.0f;  // 2^24: what subnormal halves are short of
+
+// Both halves q * 2^-24 -> (q - offset) * 2^-24.
+template <int offset>
+__device__ __forceinline__ uint32_t minus_subnormal(uint32_t halves) {
+  const uint32_t bits = (0x8000u + offset) * 0x10001u;
+  const __half2 v =
+      __hadd2(*reinterpret_cast<const __half2*>(&halves), *reinterpret_cast<const __half2*>(&bits));
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
 
 // 1024 + q -> q - offset, both halves.
 template <int offset>
@@ -189,7 +200,7 @@ __device__ __forceinline__ uint32_t spread_fifth(uint32_t h) { return (h & 15u) 
 // Fragments<F>(stage, unit) holds what a lane keeps of a staged unit. pair<i>() gives groups
 // first(i) and second(i) of the unit, with kScales scales each (0: plain numbers). Where there are
 // minima, kMinima products of minimum_fragment<j>() with the staged sums of x, each times
-// minimum_scale(h), are what they add.
+// minimum_scale(h), are what they add. Sums are kResultScale too small.
 template <Format F>
 struct Fragments;
 

@@ -16,6 +16,7 @@ struct SmallBlocks : NeighbourGroups {
   static constexpr RowLayout kRows = min ? RowLayout::packed_sums32 : RowLayout::packed;
   static constexpr int kHead = StageLayout<F>::at(fifth ? 2 : 1);
   static constexpr int kOffset = fifth ? 16 : 8;
+  static constexpr float kResultScale = fragments::kSubnormal;
 
   const std::byte* stage;
   __device__ __forceinline__ SmallBlocks(const std::byte* s, int) : stage(s) {}
@@ -47,7 +48,7 @@ struct SmallBlocks : NeighbourGroups {
       a[h] = a[2 + h] = __byte_perm(dm.x, dm.y, 0x7632);
     }
   }
-  __device__ __forceinline__ float minimum_scale(int) const { return 1.0f; }
+  __device__ __forceinline__ float minimum_scale(int) const { return 1.0f / fragments::kSubnormal; }
 
  private:
   template <int i>
@@ -55,8 +56,8 @@ struct SmallBlocks : NeighbourGroups {
     using namespace fragments;
     if constexpr (min) {
       const uint2 dm = *reinterpret_cast<const uint2*>(row + kHead + 8 * i);
-      f.scale[0][0][h] = float_pair(dm.x).x * kSubnormal;
-      f.scale[1][0][h] = float_pair(dm.y).x * kSubnormal;
+      f.scale[0][0][h] = float_pair(dm.x).x;
+      f.scale[1][0][h] = float_pair(dm.y).x;
     } else {
       const float2 d = float_pair(word_at(row + kHead + 4 * i));
       f.scale[0][0][h] = d.x;
@@ -82,9 +83,8 @@ struct SmallBlocks : NeighbourGroups {
   }
   __device__ __forceinline__ uint32_t number(uint32_t w, uint32_t m) const {
     using namespace fragments;
-    const uint32_t top = min ? 0u : kThousand;
-    const uint32_t q = and_or(w, kLow4, fifth ? and_or(m, kFifth, top) : top);
-    return min ? q : minus<kOffset>(q);
+    const uint32_t q = and_or(w, kLow4, fifth ? m & kFifth : 0u);
+    return min ? q : minus_subnormal<kOffset>(q);
   }
 };
 template <>
@@ -106,6 +106,7 @@ struct Fragments<Format::Q5_1> : SmallBlocks<Format::Q5_1, true, true> {
 
 template <>
 struct Fragments<Format::Q8_0> : NeighbourGroups {
+  static constexpr float kResultScale = 1.0f;
   static constexpr Format F = Format::Q8_0;
   static constexpr int kScales = 1;
   static constexpr int kMinima = 0;
@@ -179,6 +180,7 @@ __device__ __forceinline__ void level_pair(const std::byte* stage, int i, PairFr
 
 template <>
 struct Fragments<Format::IQ4_NL> : NeighbourGroups {
+  static constexpr float kResultScale = 1.0f;
   static constexpr Format F = Format::IQ4_NL;
   static constexpr int kScales = 1;
   static constexpr int kMinima = 0;
@@ -196,6 +198,7 @@ struct Fragments<Format::IQ4_NL> : NeighbourGroups {
 
 template <>
 struct Fragments<Format::IQ4_XS> : NeighbourGroups {
+  static constexpr float kResultScale = 1.0f;
   static constexpr Format F = Format::IQ4_XS;
   static constexpr int kScales = 1;
   static constexpr int kMinima = 0;

@@ -10,6 +10,7 @@ namespace mla::cuda {
 // nibble stays 16 times too large, and its scale is divided by that.
 template <Format F, bool fifth>
 struct ScaledMinima : NeighbourGroups {
+  static constexpr float kResultScale = fragments::kSubnormal;
   static constexpr int kScales = 1;
   static constexpr int kMinima = 1;
   static constexpr RowLayout kRows = RowLayout::packed_sums32;
@@ -31,8 +32,8 @@ struct ScaledMinima : NeighbourGroups {
       const uint32_t low = head.z & kSix, high = ((head.w >> 4) & kFour) | ((head.z >> 2) & kTop);
       minimum[h] = __byte_perm(t < 2 ? low : high, 0u, (t & 1) != 0 ? 0x4342 : 0x4140);
       const float2 both = fragments::float_pair(head.x);
-      d[h] = both.x * fragments::kSubnormal;
-      dmin[h] = both.y * fragments::kSubnormal;
+      d[h] = both.x;
+      dmin[h] = both.y;
     }
   }
 
@@ -83,9 +84,11 @@ struct Fragments<Format::Q5_K> : ScaledMinima<Format::Q5_K, true> {
   using ScaledMinima::ScaledMinima;
 };
 
-// Groups j and j + 2 of a half super-block: low and high nibbles of the same bytes.
+// Groups j and j + 2 of a half super-block: low and high nibbles of the same bytes. The numbers of
+// the latter stay 16 times too large, up to 1008, which a subnormal half just holds.
 template <>
 struct Fragments<Format::Q6_K> {
+  static constexpr float kResultScale = fragments::kSubnormal;
   static constexpr Format F = Format::Q6_K;
   static constexpr int kScales = 2;
   static constexpr int kMinima = 0;
@@ -115,11 +118,12 @@ struct Fragments<Format::Q6_K> {
                    StageLayout<F>::at(1) + 32 * half + 16);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {  // piece k / 2, row half k % 2
-      const uint32_t w = low[k], v = high[k];
-      f.a[k / 2][k % 2] = number(w, v << (4 - 2 * j));
-      f.a[k / 2][2 + k % 2] = number(w >> 8, v >> (4 + 2 * j));
-      f.a[2 + k / 2][k % 2] = number(w >> 4, v >> (2 * j));
-      f.a[2 + k / 2][2 + k % 2] = number(w >> 12, v >> (8 + 2 * j));
+      const uint32_t w = low[k], v = high[k] << (4 - 2 * j);
+      const uint32_t odd_w = w >> 8, odd_v = high[k] >> (4 + 2 * j);
+      f.a[k / 2][k % 2] = number<1>(w, v);
+      f.a[k / 2][2 + k % 2] = number<1>(odd_w, odd_v);
+      f.a[2 + k / 2][k % 2] = number<16>(w, v);
+      f.a[2 + k / 2][2 + k % 2] = number<16>(odd_w, odd_v);
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -127,15 +131,17 @@ struct Fragments<Format::Q6_K> {
       const uint32_t s1 = half == 0 ? scale[h].y : scale[h].w;
       f.scale[0][0][h] = d[h] * signed_byte_float<2 * j>(s0);
       f.scale[0][1][h] = d[h] * signed_byte_float<2 * j + 1>(s0);
-      f.scale[1][0][h] = d[h] * signed_byte_float<2 * j>(s1);
-      f.scale[1][1][h] = d[h] * signed_byte_float<2 * j + 1>(s1);
+      f.scale[1][0][h] = d[h] * 0.0625f * signed_byte_float<2 * j>(s1);
+      f.scale[1][1][h] = d[h] * 0.0625f * signed_byte_float<2 * j + 1>(s1);
     }
   }
 
  private:
+  // `times` the numbers of every second byte, four bits of low and two of high.
+  template <int times>
   static __device__ __forceinline__ uint32_t number(uint32_t low, uint32_t high) {
     using namespace fragments;
-    return minus<32>(and_or(low, kLow4, and_or(high, 0x00300030u, kThousand)));
+    return minus_subnormal<32 * times>(and_or(low, kLow4 * times, high & (0x00300030u * times)));
   }
 };
 
@@ -143,6 +149,7 @@ struct Fragments<Format::Q6_K> {
 // divided by that.
 template <>
 struct Fragments<Format::Q2_K> : NeighbourGroups {
+  static constexpr float kResultScale = fragments::kSubnormal;
   static constexpr Format F = Format::Q2_K;
   static constexpr int kScales = 2;
   static constexpr int kMinima = 2;
@@ -158,8 +165,8 @@ struct Fragments<Format::Q2_K> : NeighbourGroups {
       minimum[h] = (word_at(row + StageLayout<F>::at(1) + 4 * (lane_id() % 4)) >> 4) & 0x0f0f0f0fu;
       const float2 both =
           fragments::float_pair(word_at(row + StageLayout<F>::at(2) + 4 * (unit % 4)));
-      d[h] = both.x * fragments::kSubnormal;
-      dmin[h] = both.y * fragments::kSubnormal;
+      d[h] = both.x;
+      dmin[h] = both.y;
     }
   }
 
@@ -200,6 +207,7 @@ struct Fragments<Format::Q2_K> : NeighbourGroups {
 
 template <>
 struct Fragments<Format::Q3_K> : NeighbourGroups {
+  static constexpr float kResultScale = fragments::kSubnormal;
   static constexpr Format F = Format::Q3_K;
   static constexpr int kScales = 2;
   static constexpr int kMinima = 0;
@@ -252,13 +260,14 @@ struct Fragments<Format::Q3_K> : NeighbourGroups {
     using namespace fragments;
     constexpr int right = group - 2;
     const uint32_t third = right >= 0 ? mask >> (right & 31) : mask << (-right & 31);
-    return minus<4>(and_or(low >> (2 * j), 0x00030003u, and_or(third, 0x00040004u, kThousand)));
+    return minus_subnormal<4>(and_or(low >> (2 * j), 0x00030003u, third & 0x00040004u));
   }
 };
 
 // Plain numbers: 16 bytes of a lane are its share of two products.
 template <Format F, RowLayout rows>
 struct PlainFragments : NeighbourGroups {
+  static constexpr float kResultScale = 1.0f;
   static constexpr int kScales = 0;
   static constexpr int kMinima = 0;
   static constexpr RowLayout kRows = rows;

@@ -133,6 +133,10 @@ __device__ __forceinline__ void add_scaled(float (&sum)[4], const float (&d)[4],
   sum[3] = fmaf(high, d[3], sum[3]);
 }
 
+__device__ __forceinline__ float4 scaled(const float (&x)[4], float scale) {
+  return make_float4(scale * x[0], scale * x[1], scale * x[2], scale * x[3]);
+}
+
 // sums += the products of a group of 32, a0 and a1, with its 16 bytes of x.
 template <Format F>
 __device__ __forceinline__ void add_group(float (&sums)[4], const uint32_t (&a0)[4],
@@ -252,8 +256,7 @@ __global__ void __launch_bounds__(kSmallBatchThreads, NT <= 4 ? 2 : 1)
         }
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
-          part[nt * kWarpThreads + lane_id()] =
-              make_float4(sums[nt][0], sums[nt][1], sums[nt][2], sums[nt][3]);
+          part[nt * kWarpThreads + lane_id()] = scaled(sums[nt], Fragments<F>::kResultScale);
         }
       }
       x.offset[0] -= slot_pitch * b.n_segments;
