@@ -16,7 +16,7 @@ CXX_FILES := $(shell find csrc tests/selfcheck tests/cuda bench/cuda -name '*.h'
 ASAN_TESTS ?= tests/gguf tests/graph tests/test_memory.py tests/test_quant.py tests/ops
 
 .PHONY: all build test demo bench format check stubs check-stubs sanitize asan tsan aarch64 \
-        aarch64-build cuda-all cuda-programs emulated develop dist clean
+        aarch64-build cuda-all cuda-programs emulated test-emulated develop dist clean
 
 all: build
 
@@ -135,6 +135,12 @@ emulated: $(VENV)/.tools
 	cmake --preset emulated $(PYTHON_HINTS)
 	cmake --build build/emulated
 	set -e; for program in build/emulated/emulated_test_*; do echo "== $$program"; $$program; done
+
+# Operations on an emulated device: the fewest cases in which every format, layout and option comes
+# up. tests/cuda/run.sh runs all of them on a GPU.
+test-emulated: build emulated
+	MLA_CUDA_EMULATED="$$(ls $(CURDIR)/build/emulated/_cuda_emulated*.so)" \
+	$(BIN)/python -m pytest -q --cuda=short $(ARGS)
 
 clean:
 	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mla_backend import ops
+from latent_cache import Runner, constant
+from mla_backend import _core, ops
 from mla_backend.errors import FormatError, ShapeError
 from mla_backend.ops import Precision, QuantTensor, Where
 from reference.errors import nmse
@@ -49,14 +50,29 @@ def test_formats(where: Where, format: str, precision: Precision) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("format", ["F32", "BF16", "Q8_0", "Q4_K"])
 def test_rows_of_x(where: Where, format: str, precision: Precision) -> None:
-    """Every row of x has the result it has alone, bit for bit."""
+    """Every row of x has the result it has alone: on the CPU bit for bit."""
     w, values = random_weight(format, (33, 512))
     x = numbers((max(ROWS), 512))
     whole = ops.matmul(x, w, precision=precision, **where)
     assert nmse(whole, matmul(x, values)) <= BOUND[precision]
     for m in ROWS:
         got = ops.matmul(x[:m], w, precision=precision, **where)
-        np.testing.assert_array_equal(got, whole[:m])
+        if where["backend"] == "cpu":
+            np.testing.assert_array_equal(got, whole[:m])
+        assert nmse(got, matmul(x[:m], values)) <= BOUND[precision]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_many_rows(where: Where, format: str) -> None:
+    """Tiles of products on matrix units, full ones and part ones, with and without a residual."""
+    k = {1: 200, 32: 288}.get(block_elems(format), 512)
+    for m, n in ((150, 72), (257, 136)):
+        w, values = random_weight(format, (n, k), seed=n)
+        x, residual = numbers((m, k), seed=m), numbers((m, n), seed=1)
+        got = ops.matmul(x, w, **where)
+        assert nmse(got, matmul(x, values)) <= BOUND["fast"], (m, n)
+        got = ops.matmul(x, w, residual=residual, **where)
+        assert nmse(got, matmul(x, values, residual=residual)) <= BOUND["fast"], (m, n)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -136,6 +152,21 @@ def test_slices_of_weights(where: Where, format: str) -> None:
     assert nmse(got, matmul(x, values[1:3, 5:])) <= BOUND["exact"]
     got = ops.matmul(x, w[::2, ::-3], precision="exact", **where)
     assert nmse(got, matmul(x, values[::2, ::-3])) <= BOUND["exact"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_views_of_weights(where: Where, format: str, precision: Precision) -> None:
+    """Rows of some matrices of one weight, as graphs cut them."""
+    w, values = random_weight(format, (4, 12, 256))
+    x = numbers((2, 3, 256))
+    runner = Runner(where)
+    g = runner.graph
+    rows = w.rows if isinstance(w, QuantTensor) else np.ascontiguousarray(w).view(np.uint8)
+    whole = g.weight("w", _core.Tensor(rows, format, [4, 12, 256]))
+    part = g.slice(g.slice(whole, 0, 1, 3), 1, 5, 12)
+    g.output(g.matmul(constant(g, "x", x), part, precision=precision))
+    assert nmse(runner.run(), matmul(x, values[1:3, 5:])) <= BOUND[precision]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -53,6 +53,18 @@ def test_many_tokens_of_one_expert(where: Where) -> None:
     assert nmse(got, matmul_indexed(x, values, ids)) <= BOUND["exact"]
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_many_tokens(where: Where, format: str) -> None:
+    """Tiles of products on matrix units: full ones, part ones, experts without tokens."""
+    w, values = random_weight(format, (9, 72, 256))
+    ids = np.concatenate([choices(170, 2, 5), np.full((30, 2), 7, np.int32)])
+    x, weights = numbers((200, 1, 256)), numbers((200, 2), seed=1)
+    got = ops.matmul_indexed(x, w, ids, weights=weights, **where)
+    want = matmul_indexed(x, values, ids, weights=weights)
+    assert nmse(got, want) <= BOUND["fast"]
+
+
+@pytest.mark.large
 def test_sum_in_blocks_of_columns(where: Where) -> None:
     """So many pairs that their products are summed for some columns at a time."""
     w, values = random_weight("F32", (2, 520, 8))

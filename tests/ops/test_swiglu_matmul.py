@@ -44,6 +44,19 @@ def test_formats(where: Where, format: str, precision: Precision) -> None:
     assert nmse(got, swiglu_matmul(x, gate_values, up_values, ids=ids)) <= BOUND[precision]
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_many_tokens(where: Where, format: str) -> None:
+    """Tiles of products on matrix units, dense and by expert."""
+    gate, gate_values = random_weight(format, (6, 72, 256))
+    up, up_values = random_weight(format, (6, 72, 256), seed=1)
+    x = small((150, 256))
+    got = ops.swiglu_matmul(x, gate[1], up[1], **where)
+    assert nmse(got, swiglu_matmul(x, gate_values[1], up_values[1])) <= BOUND["fast"]
+    ids = np.random.default_rng(2).integers(0, 5, (150, 2), np.int32)
+    got = ops.swiglu_matmul(x, gate, up, ids=ids, **where)
+    assert nmse(got, swiglu_matmul(x, gate_values, up_values, ids=ids)) <= BOUND["fast"]
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_two_formats(where: Where, precision: Precision) -> None:
     """Weights that want x packed alike, and differently."""
