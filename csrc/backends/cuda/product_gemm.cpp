@@ -76,8 +76,9 @@ struct Pass {
     const int64_t fit = std::max<int64_t>(kDecodedBytes / (2 * k_padded * n_operands), 1);
     rows_at_once = std::min<int64_t>(p.n, fit);
     const int64_t n_matrices = p.routed ? p.n_experts : p.n_matrices[1];
-    matrices_at_once =
-        rows_at_once < p.n ? 1 : std::clamp<int64_t>(fit / p.n, 1, std::max<int64_t>(n_matrices, 1));
+    matrices_at_once = rows_at_once < p.n
+                           ? 1
+                           : std::clamp<int64_t>(fit / p.n, 1, std::max<int64_t>(n_matrices, 1));
     const int64_t n_x = p.slots_share_x() ? p.extent[1] : p.n_rows();
     x = room.take<uint16_t>(n_x * k_padded);
     scales = room.take<float>(n_x);
@@ -233,8 +234,7 @@ void run_routed(const CudaRun& run, const Pass& pass) {
   prepare_rows(run, x_view(all), pass.operand, pass.x, pass.scales, pass.k_padded);
   const int x_per_token = all.slots_share_x() ? 1 : all.extent[2];
   for (int first = 0; first < all.extent[1]; first += pass.tokens_at_once) {
-    const Product p =
-        some_tokens(all, first, std::min(pass.tokens_at_once, all.extent[1] - first));
+    const Product p = some_tokens(all, first, std::min(pass.tokens_at_once, all.extent[1] - first));
     float* out = p.summed ? pass.pairs : p.out;
     expert_sort(run, ids_view(p), p.n_experts, nullptr, pass.offsets, pass.sorted);
     const int64_t row = int64_t{first} * x_per_token;
