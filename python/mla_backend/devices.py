@@ -65,6 +65,12 @@ def cuda_problem() -> str:
     return str(module.device_problem())
 
 
+def check_name(device: str) -> None:
+    """Raise UsageError where ``device`` is none of the words that ``open_devices`` takes."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UsageError(f"device {device!r}; accepted are {_ACCEPTED}")
+
+
 def open_devices(cpu: _core.CpuBackend, device: str) -> tuple[Devices, str | None]:
     """The devices that ``device`` names, and a note where a GPU lies idle.
 
@@ -75,8 +81,7 @@ def open_devices(cpu: _core.CpuBackend, device: str) -> tuple[Devices, str | Non
     Raises:
         UsageError: no such device. DeviceError: it cannot be used.
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise UsageError(f"device {device!r}; accepted are {_ACCEPTED}")
+    check_name(device)
     if device == "cpu":
         return Devices(cpu), None
     if device == "auto":

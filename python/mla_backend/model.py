@@ -17,7 +17,7 @@ from mla_backend.attention_mode import MODES, AttentionMode
 from mla_backend.cache import CACHE_TYPES, LatentCache, cache_bytes
 from mla_backend.chat import ChatTemplate, encode_chat
 from mla_backend.config import ModelConfig, config_from_gguf
-from mla_backend.devices import Devices, open_devices
+from mla_backend.devices import Devices, check_name, open_devices
 from mla_backend.errors import UsageError
 from mla_backend.generator import (
     Chunk,
@@ -124,6 +124,7 @@ class Model:
         _check_choice("attention", attention, MODES)
         _check_choice("precision", precision, PRECISIONS)
         _check_choice("cache_type", cache_type, CACHE_TYPES)
+        check_name(device)
         _check_count("n_ctx", n_ctx, _MAX_POSITIONS)
         _check_count("threads", threads, _MAX_THREADS)
         _check_count("n_batch", n_batch, _MAX_POSITIONS)
