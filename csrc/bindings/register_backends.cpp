@@ -227,9 +227,10 @@ void register_backends(py::module_& m) {
       .def("output", &output, arg("index") = 0,
            "View of an output; its values stay until the next run in the workspace. Raises "
            "DeviceError where they are gone.")
-      .def("report", &report,
-           "arena_bytes, unshared_bytes, scratch_bytes, n_copies, steps [(op or \"hop\", backend)], "
-           "refusals [why nodes are not where they were wanted].");
+      .def(
+          "report", &report,
+          "arena_bytes, unshared_bytes, scratch_bytes, n_copies, steps [(op or \"hop\", backend)], "
+          "refusals [why nodes are not where they were wanted].");
 }
 
 }  // namespace mla::bindings

@@ -22,11 +22,12 @@ WHERE = [ROOT / name for name in ("python", "tests", "bench")]
 
 
 def is_kernel(path: Path) -> bool:
-    return path.is_relative_to(CSRC / "backends" / "cpu" / "kernels")
+    backend = next((top for top in path.parents if top.parent == CSRC / "backends"), None)
+    return backend is not None and path.is_relative_to(backend / "kernels")
 
 
 def test_files() -> None:
-    files = cxx_files() + python_files(*WHERE) + sorted((ROOT / "tests").rglob("*.cpp"))
+    files = cxx_files() + cxx_files(ROOT / "tests", ROOT / "bench") + python_files(*WHERE)
     too_long = []
     for path in files:
         n_lines = len(path.read_text().splitlines())

@@ -26,8 +26,9 @@ def lines_with(pattern: re.Pattern[str], path: Path, text: str | None = None) ->
 
 
 def all_sources() -> list[Path]:
-    tests = [path for path in (ROOT / "tests").rglob("*") if path.suffix in {".py", ".cpp"}]
-    return [*cxx_files(), *python_files(), *tests, *(ROOT / name for name in BUILD_FILES)]
+    around = [ROOT / "tests", ROOT / "bench"]
+    files = [*cxx_files(), *cxx_files(*around), *python_files(), *python_files(*around)]
+    return [*files, *(ROOT / name for name in BUILD_FILES)]
 
 
 def test_no_model_is_named_in_csrc() -> None:

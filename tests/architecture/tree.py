@@ -16,8 +16,9 @@ CXX_SUFFIXES = {".h", ".cpp", ".cu", ".cuh", ".def"}
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
-def cxx_files() -> list[Path]:
-    return sorted(path for path in CSRC.rglob("*") if path.suffix in CXX_SUFFIXES)
+def cxx_files(*directories: Path) -> list[Path]:
+    tops = directories or (CSRC,)
+    return sorted(path for top in tops for path in top.rglob("*") if path.suffix in CXX_SUFFIXES)
 
 
 def python_files(*directories: Path) -> list[Path]:

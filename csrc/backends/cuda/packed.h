@@ -33,9 +33,9 @@ struct PackedPlanes;  // fields[kMaxPlanes], in the order of the planes
   Field { static_cast<int>(offsetof(block::type, member)), sizeof(block::type::member) }
 #define MLA_FIELDS(type, first, bytes) \
   Field { static_cast<int>(offsetof(block::type, first)), bytes }
-#define MLA_PLANES(type, ...)                                 \
-  template <>                                                 \
-  struct PackedPlanes<Format::type> {                         \
+#define MLA_PLANES(type, ...)                                              \
+  template <>                                                              \
+  struct PackedPlanes<Format::type> {                                      \
     static constexpr std::array<Field, kMaxPlanes> fields = {__VA_ARGS__}; \
   };
 

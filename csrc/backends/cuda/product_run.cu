@@ -66,8 +66,7 @@ void run_exact(const CudaRun& run, const Product& p, Finish finish) {
   ExactRun r;
   r.finish = finish;
   r.fours = p.k % 4 == 0 && fours_are_aligned(p.x, p.x_format, x_strides) &&
-            (traits(p.w.format).quantized ||
-             fours_are_aligned(p.w.data, p.w.format, w_strides));
+            (traits(p.w.format).quantized || fours_are_aligned(p.w.data, p.w.format, w_strides));
   r.split = (p.routed ? p.n : n_matrices * p.n) <= kNarrow ? kExactWarps : 1;
   r.n_row_tiles = p.routed ? 1 : static_cast<int>((p.rows_per_matrix() + n_rows - 1) / n_rows);
   const int columns = kExactWarps / r.split * (many ? kernels.columns : 1);

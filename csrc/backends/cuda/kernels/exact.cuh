@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(kExactThreads) exact_kernel(Product p, ExactRu
   const Weight& weight = p.w;
   const int columns = kExactWarps / run.split * C;
   const int n_column_blocks = (p.n + columns - 1) / columns;
-  const int n0 = static_cast<int>(blockIdx.x) % n_column_blocks * columns +
-                 warp_id() / run.split * C;
+  const int n0 =
+      static_cast<int>(blockIdx.x) % n_column_blocks * columns + warp_id() / run.split * C;
   const int tile = static_cast<int>(blockIdx.x) / n_column_blocks;
   const int matrix = tile / run.n_row_tiles, first_row = tile % run.n_row_tiles * R;
   const int slice = warp_id() % run.split;
@@ -221,7 +221,7 @@ template <Format F>
 constexpr void add_exact_kernels(ProductKernels& kernels) {
   kernels.columns = kPlain<F> ? kExactColumns : 1;
   kernels.exact_one = exact_kernel<F, 1, 1>;
-  kernels.exact_many = exact_kernel<F, kExactRows, kPlain<F> ? kExactColumns : 1>;
+  kernels.exact_many = exact_kernel < F, kExactRows, kPlain<F> ? kExactColumns : 1 > ;
   if constexpr (!kPlain<F>) kernels.exact_across = exact_across_kernel<F>;
 }
 

@@ -33,8 +33,8 @@ __device__ __forceinline__ const std::byte* x_row(const Product& p, int row) {
 // The expert of a routed row, -1 for an id that is none.
 __device__ __forceinline__ int expert_of(const Product& p, int row) {
   const GridIndex i = grid_index(p, row);
-  const int id = *reinterpret_cast<const int*>(p.ids + i.i1 * p.id_stride[0] +
-                                               i.i2 * p.id_stride[1]);
+  const int id =
+      *reinterpret_cast<const int*>(p.ids + i.i1 * p.id_stride[0] + i.i2 * p.id_stride[1]);
   return id >= 0 && id < p.n_experts ? id : -1;
 }
 
@@ -57,8 +57,8 @@ __device__ __forceinline__ float residual_of(const Product& p, int row, int n) {
   if (!p.has_residual) return 0.0f;
   const GridIndex i = grid_index(p, row);
   return *reinterpret_cast<const float*>(p.residual + i.i0 * p.residual_stride[0] +
-                                         i.i1 * p.residual_stride[1] +
-                                         i.i2 * p.residual_stride[2] + n * p.residual_step);
+                                         i.i1 * p.residual_stride[1] + i.i2 * p.residual_stride[2] +
+                                         n * p.residual_step);
 }
 
 __device__ __forceinline__ void finish_product(const Product& p, Finish finish, int row, int n,
