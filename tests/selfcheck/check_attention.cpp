@@ -96,7 +96,8 @@ void check_setting(const Machine& machine, const Setting& s, const std::string& 
   const mla::CacheNodes cache = cache_write(g, empty, c.input(latent, {kS, kC}),
                                             c.input(rope, {kS, kR}), c.input(cells, {kS}));
   const std::vector<int32_t> span = {0, 0, kT, 0, kS, s.expanded};
-  const mla::AttentionAttrs attrs = {s.precision, o.scale, false, kBlockCells};
+  const mla::AttentionAttrs attrs = {
+      .precision = s.precision, .scale = o.scale, .block_cells = kBlockCells};
   mla::Node* y = mla_attention(g, c.input(o.q_nope, {kT, kH, kN}), c.input(o.q_rope, {kT, kH, kR}),
                                cache, k_b.node, v_b.node, c.input(span, {1, 6}),
                                c.input(block_table(), {1, kBlocks}), attrs);
