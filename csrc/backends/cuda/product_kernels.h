@@ -1,6 +1,7 @@
 // The kernels of a weight format: instantiations/*.cu, one file each.
 #pragma once
 
+#include "backends/cuda/matvec.h"
 #include "backends/cuda/small_batch.h"
 
 namespace mla::cuda {
@@ -23,6 +24,10 @@ struct ProductKernels {
   RowLayout layout{};
   int stage_bytes = 0;  // of a warp's ring
   int unit = 0;         // of k
+
+  void (*matvec)(MatVec) = nullptr;  // null for plain formats
+  PlanesAt (*planes_at)(int64_t n_blocks) = nullptr;
+  int block_pieces = 0;  // of 16 bytes, in the first plane of a block
 };
 
 const ProductKernels& product_kernels(Format format);

@@ -1,6 +1,7 @@
 // Which kernels a product runs on.
 //
 //   exact                                float32 kernels, whatever the shape
+//   fast, one row of x                   matvec.h: integers
 //   fast, few rows of x per matrix       small_batch.h: weights are streamed once
 //   fast, many rows                      product_gemm.h: weights are decoded, then tensor cores
 //   packed weights across their rows, F32 and scattered weights of few rows, nothing along k: exact
@@ -25,10 +26,11 @@ constexpr int64_t kManyRows = 3;
 // a copy in 16 bits.
 constexpr int64_t kManyPlainRows = kMaxSmallRows;
 
-enum class Path { exact, small_batch, gemm };
+enum class Path { exact, matvec, small_batch, gemm };
 
 Path path_of(const Product& p, Precision precision, const DeviceInfo& device) {
   if (precision == Precision::exact || p.k == 0 || p.w.transposed) return Path::exact;
+  if (matvec_fits(p, device)) return Path::matvec;
   if (small_batch_fits(p, device)) return Path::small_batch;
   const int64_t rows = p.routed ? p.n_rows() : p.rows_per_matrix();
   if (rows <= kManyPlainRows && !traits(p.w.format).quantized) return Path::exact;
@@ -102,6 +104,8 @@ void run_product(const CudaRun& run, const Product& p, Precision precision) {
     return;
   }
   switch (path_of(p, precision, run.device)) {
+    case Path::matvec:
+      return run_matvec(run, p, Finish::store);
     case Path::small_batch:
       return run_small_batch(run, p, Finish::store);
     case Path::gemm:

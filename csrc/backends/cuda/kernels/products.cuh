@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backends/cuda/kernels/exact.cuh"
+#include "backends/cuda/kernels/matvec.cuh"
 #include "backends/cuda/kernels/small_batch.cuh"
 
 namespace mla::cuda {
@@ -11,6 +12,7 @@ constexpr ProductKernels products_of() {
   ProductKernels kernels;
   add_exact_kernels<F>(kernels);
   if constexpr (F != Format::F32) add_small_batch_kernels<F>(kernels);
+  if constexpr (kUnitBlockElems < F >> 1) add_matvec_kernel<F>(kernels);
   return kernels;
 }
 
