@@ -93,7 +93,7 @@ def perplexity_of_the_text(directory: Path, model: str, type: str) -> float:
 
 
 @cache
-def loaded(path: Path, attention: str, precision: str) -> Model:
+def loaded(path: Path, attention: str, precision: str, device: str = "cpu") -> Model:
     """The model, kept for all tests: exact ones with a cache in float32, prompts in one chunk."""
     return Model.load(
         path,
@@ -103,16 +103,24 @@ def loaded(path: Path, attention: str, precision: str) -> Model:
         attention=attention,  # type: ignore[arg-type]
         precision=precision,
         cache_type="f32" if precision == "exact" else "f16",
+        device=device,
     )
 
 
 @cache
 def our_logits(
-    directory: Path, model: str, type: str, attention: str, precision: str, prompt: str
+    directory: Path,
+    model: str,
+    type: str,
+    attention: str,
+    precision: str,
+    prompt: str,
+    device: str = "cpu",
 ) -> Floats:
     """[T, vocab] of one of the two prompts."""
     ids = expected(directory, model, type)[f"{prompt}_ids"]
-    return loaded(gguf_path(directory, model, type), attention, precision).logits(ids.tolist())
+    engine = loaded(gguf_path(directory, model, type), attention, precision, device)
+    return engine.logits(ids.tolist())
 
 
 def log_probabilities(logits: Floats) -> npt.NDArray[np.float64]:

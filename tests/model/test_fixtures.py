@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cuda.device import cuda_problem, is_emulated
 from model.debug import hidden_states, routing
 from model.reference_files import (
     FILES,
@@ -29,15 +30,28 @@ def file(request: pytest.FixtureRequest) -> tuple[str, str]:
     return model, type
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """The CPU, and a real CUDA device where there is one."""
+    if request.param == "cuda" and (cuda_problem() or is_emulated()):
+        pytest.skip(cuda_problem() or "an emulated device takes too long for whole models")
+    return str(request.param)
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("attention", MODES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_logits(
-    fixtures_dir: Path, file: tuple[str, str], precision: str, attention: str, prompt: str
+    fixtures_dir: Path,
+    file: tuple[str, str],
+    precision: str,
+    attention: str,
+    prompt: str,
+    device: str,
 ) -> None:
     limit = tolerances(*file, precision)
     want = expected(fixtures_dir, *file)
-    got = our_logits(fixtures_dir, *file, attention, precision, prompt)
+    got = our_logits(fixtures_dir, *file, attention, precision, prompt, device)
     ours = np.take_along_axis(log_probabilities(got), want[f"{prompt}_top_ids"], axis=1)
     d = np.abs(ours - want[f"{prompt}_top_logprobs"]).max(axis=1)
     assert np.median(d) <= limit.d_median
@@ -58,14 +72,19 @@ def test_logits_of_all_positions(fixtures_dir: Path, model: str, attention: str)
 @pytest.mark.parametrize("attention", MODES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_greedy_continuation(
-    fixtures_dir: Path, file: tuple[str, str], precision: str, attention: str, prompt: str
+    fixtures_dir: Path,
+    file: tuple[str, str],
+    precision: str,
+    attention: str,
+    prompt: str,
+    device: str,
 ) -> None:
     want = expected(fixtures_dir, *file)
     tokens = want[f"{prompt}_greedy_ids"]
     close = want[f"{prompt}_greedy_gap"] < tolerances(*file, precision).last
     # Where the two best tokens are that close, either may come, and then the texts differ.
     n_sure = int(close.argmax()) if precision == "fast" and close.any() else len(tokens)
-    model = loaded(gguf_path(fixtures_dir, *file), attention, precision)
+    model = loaded(gguf_path(fixtures_dir, *file), attention, precision, device)
     got = model.generate(
         want[f"{prompt}_ids"].tolist(),
         temperature=0.0,
@@ -77,7 +96,7 @@ def test_greedy_continuation(
 
 @pytest.mark.parametrize("attention", MODES)
 def test_distance_is_llama_cpps_at_most(
-    fixtures_dir: Path, file: tuple[str, str], attention: str
+    fixtures_dir: Path, file: tuple[str, str], attention: str, device: str
 ) -> None:
     """Under ``fast``, 1.1 times its median and rms, our own exact logits being the truth.
 
@@ -88,7 +107,8 @@ def test_distance_is_llama_cpps_at_most(
     squares, peer_squares, n_tokens = 0.0, 0.0, 0
     for prompt in PROMPTS:
         truth = our_logits(fixtures_dir, *file, "expanded", "exact", prompt)
-        difference = our_logits(fixtures_dir, *file, attention, "fast", prompt) - truth
+        ours = our_logits(fixtures_dir, *file, attention, "fast", prompt, device)
+        difference = ours - truth
         median = np.median(np.abs(difference).max(axis=1))
         assert median <= 1.1 * peer[prompt]["worst_median"], prompt
         squares += float(np.square(difference, dtype=np.float64).mean(axis=1).sum())
@@ -98,10 +118,10 @@ def test_distance_is_llama_cpps_at_most(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_perplexity(fixtures_dir: Path, file: tuple[str, str], precision: str) -> None:
+def test_perplexity(fixtures_dir: Path, file: tuple[str, str], precision: str, device: str) -> None:
     """Chunks of 512 tokens, each begun by BOS; their second halves count."""
     want = perplexity_of_the_text(fixtures_dir, *file)
-    model = loaded(gguf_path(fixtures_dir, *file), "auto", precision)
+    model = loaded(gguf_path(fixtures_dir, *file), "auto", precision, device)
     ids = model.tokenizer.encode((fixtures_dir / "text.txt").read_text(encoding="utf-8"))
     assert model.tokenizer.bos_id is not None
     nll: list[float] = []
