@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cuda.device import is_emulated
+from cuda.device import is_emulated, load_emulated
 
 # Shells start background jobs with Ctrl-C ignored, and processes inherit that. Tests of interrupts
 # would then wait for ever in their children.
@@ -26,6 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="all tests; only those on a CUDA device; or of these, the fewest in which every value "
         "of every parameter comes up",
     )
+
+
+def pytest_configure() -> None:
+    load_emulated()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

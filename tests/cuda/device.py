@@ -1,7 +1,8 @@
-"""A CUDA device for tests: the machine's where it has one, else an emulated one.
+"""A CUDA device for tests: the emulated one that the environment names, else the machine's.
 
 The environment variable MLA_CUDA_EMULATED names the emulated module, which a build with
-``-DMLA_CUDA_EMULATE=ON`` makes. It is loaded in the place of the installed one.
+``-DMLA_CUDA_EMULATE=ON`` makes. It is loaded in the place of the installed one: a process can have
+only one of them, because both define the same backend.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ EMULATED = "mla_backend._cuda_emulated"
 refusals: list[str] = []
 
 
-def _load_emulated(path: str) -> None:
+def load_emulated() -> None:
+    """Loads the emulated module where the environment names one, before anyone needs a device."""
+    path = os.environ.get("MLA_CUDA_EMULATED")
+    if not path:
+        return
     spec = importlib.util.spec_from_file_location(EMULATED, path)
     assert spec is not None
     assert spec.loader is not None
@@ -36,17 +41,12 @@ def _load_emulated(path: str) -> None:
 def cuda_problem() -> str:
     """Why no CUDA device can be tested here; "" where one can."""
     problem = devices.cuda_problem()
-    emulated = os.environ.get("MLA_CUDA_EMULATED")
-    if not problem or not emulated:
-        return problem and f"{problem}, and MLA_CUDA_EMULATED names no emulated device"
-    _load_emulated(emulated)
-    return devices.cuda_problem()
+    return problem and f"{problem}, and MLA_CUDA_EMULATED names no emulated device"
 
 
-@lru_cache(maxsize=1)
 def is_emulated() -> bool:
     """Whether the device under test is emulated, and slow."""
-    return not cuda_problem() and EMULATED in sys.modules
+    return EMULATED in sys.modules
 
 
 def cuda_backend() -> Any:
