@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import typing
 import typing_extensions
-__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'DeviceMemory', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Uploaded', 'Workspace', 'available_isas', 'available_memory_bytes', 'compiled_isas', 'copy_cells', 'dequantize', 'formats', 'is_network_fs', 'quantize', 'read_rows', 'requantize', 'rotate_rope', 'usable_cpus', 'usable_physical_cores', 'write_rows']
+__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'DeviceMemory', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Uploaded', 'Workspace', 'available_isas', 'available_memory_bytes', 'compiled_isas', 'copy_cells', 'dequantize', 'formats', 'is_network_fs', 'quantize', 'requantize', 'rotate_rope', 'usable_cpus', 'usable_physical_cores']
 class Tensor:
     """
     A strided view over the memory of a buffer, which it keeps alive.
@@ -313,10 +313,6 @@ def quantize(x: numpy.typing.NDArray[numpy.float32], format: str, importance: nu
     """
     float32 [rows, k], C-contiguous -> uint8 [rows, row_bytes], the same bytes on every machine. importance: float32 [k], how much the squared error of each column counts. 0 threads: one per core. Raises FormatError for numbers that the format cannot hold and for importance that is negative or not finite, ShapeError where k is no multiple of the block.
     """
-def read_rows(plane: Tensor, cells: typing.Annotated[numpy.typing.ArrayLike, numpy.int32]) -> numpy.typing.NDArray[numpy.uint8]:
-    """
-    Rows of a plane [cells, width] in a DeviceMemory -> uint8 [len(cells), row bytes].
-    """
 def requantize(data: numpy.typing.NDArray[numpy.uint8], source: str, k: typing.SupportsInt | typing.SupportsIndex, target: str, importance: numpy.typing.NDArray[numpy.float32] | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.typing.NDArray[numpy.uint8]:
     """
     uint8 [rows, row_bytes] in the format `source` -> uint8 [rows, row_bytes] in `target`: quantize(dequantize(data)) without the floats between.
@@ -333,5 +329,3 @@ def usable_physical_cores(root: str = '') -> int:
     """
     Physical cores in the affinity mask, no more than the cgroup's CPU quota.
     """
-def write_rows(plane: Tensor, cells: typing.Annotated[numpy.typing.ArrayLike, numpy.int32], rows: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8]) -> None:
-    ...

@@ -10,7 +10,7 @@ import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -100,7 +100,7 @@ class CacheMemory:
                 self._layers.append(_HostCells(config, cache_type, part))
             else:
                 memory = _core.DeviceMemory(device, layer_bytes)
-                self._layers.append(_DeviceCells(config, cache_type, memory))
+                self._layers.append(_DeviceCells(config, cache_type, device, memory))
         self.layers = tuple(cells.planes for cells in self._layers)
 
     def read(self, cells: Int32s) -> Bytes:
@@ -166,14 +166,16 @@ class _HostCells:
 
 
 class _DeviceCells:
-    """Moves and turns go through the host: they are rare, and few bytes."""
+    """In the memory of a CUDA device, which moves and turns cells itself."""
 
-    def __init__(self, config: ModelConfig, cache_type: str, memory: _core.DeviceMemory) -> None:
+    def __init__(
+        self, config: ModelConfig, cache_type: str, device: Any, memory: _core.DeviceMemory
+    ) -> None:
         latent_bytes, rope_bytes = row_bytes(config, cache_type)
         stride = latent_bytes + rope_bytes
         n_cells = memory.n_bytes // stride
         latent, rope = _plane_formats(cache_type)
-        self._rope_format, self._d_rope = rope.name, config.d_rope
+        self._device = device  # a CudaBackend, whose module may not be here
         self.planes = CachePlanes(
             memory.tensor(
                 latent.name, [n_cells, config.kv_lora_rank], [stride, latent.block_bytes]
@@ -186,22 +188,19 @@ class _DeviceCells:
         self._whole = memory.tensor("F16", [n_cells, stride // 2], [stride, 2])
 
     def read(self, cells: Int32s) -> Bytes:
-        return _core.read_rows(self._whole, cells)
+        rows: Bytes = self._device.read_cells(self._whole, cells)
+        return rows
 
     def write(self, cells: Int32s, data: Bytes) -> None:
-        _core.write_rows(self._whole, cells, np.ascontiguousarray(data))
+        self._device.write_cells(self._whole, cells, np.ascontiguousarray(data))
 
     def move(self, source: Int32s, target: Int32s) -> None:
-        self.write(target, self.read(source))
+        self._device.copy_cells(self._whole, source, target)
 
     def rotate(
         self, cells: Int32s, frequencies: npt.NDArray[np.float32], delta: int, cpu: _core.CpuBackend
     ) -> None:
-        rows = _core.read_rows(self.planes.rope, cells)
-        plane = _core.Tensor(rows, self._rope_format, [len(cells), self._d_rope])
-        every = np.arange(len(cells), dtype=np.int32)
-        _core.rotate_rope(cpu, plane, every, frequencies, delta)
-        _core.write_rows(self.planes.rope, cells, rows)
+        self._device.rotate_rope(self.planes.rope, cells, frequencies, delta)
 
 
 def _plane_formats(cache_type: str) -> tuple[formats.Format, formats.Format]:
