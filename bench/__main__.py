@@ -10,6 +10,8 @@ _HERE = Path(__file__).parent
 _PROGRAMS = {
     "convert": "a checkpoint to a file",
     "convert-peer": "the same, beside llama.cpp's tools",
+    "cuda-model": "a model on a GPU",
+    "cuda-products": "products on a GPU",
     "machine": "the machine's limits",
     "make": "write a random model",
     "model": "prefill and decode of a model",
@@ -21,6 +23,8 @@ _PROGRAMS = {
 _FILES = {
     "convert": "bench_convert",
     "convert-peer": "bench_convert_peer",
+    "cuda-model": "cuda_model",
+    "cuda-products": "cuda_products",
     "make": "make_model",
     "model": "bench_model",
     "ops": "bench_ops",
