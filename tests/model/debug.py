@@ -42,8 +42,8 @@ def run_whole(
         "ids": np.asarray(ids, np.int32),
         "positions": np.arange(n, dtype=np.int32),
         "cells": cache.reserve(sequence, n),
-        "spans": np.array([[sequence.row, 0, n, 0, n, expanded]], np.int32),
-        "block_table": cache.block_table,
+        "spans": np.array([[0, 0, n, sequence.first_cell, n, expanded]], np.int32),
+        "block_table": cache.block_table[[sequence.row]],
     }
     if n_outputs:
         inputs["rows"] = np.arange(n - n_outputs, n, dtype=np.int32)
