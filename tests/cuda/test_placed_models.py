@@ -1,0 +1,66 @@
+"""Whole models on a device, in part or as a whole: the CPU's logits, and sessions that move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda.device import cuda_problem
+from mla_backend import Model
+from small_models import small_model
+
+IDS = [5, 3, 8, 13, 2]
+
+
+@pytest.fixture(params=["cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    if problem := cuda_problem():
+        pytest.skip(problem)
+    return str(request.param)
+
+
+def load(device: str, **options: Any) -> Model:
+    path = small_model("tiny-v3", "q8_0", n_layer=3)
+    return Model.load(path, device=device, n_ctx=128, n_batch=8, precision="exact", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "on_device"),
+    [
+        ({}, 3),
+        ({"gpu_layers": 2}, 2),
+        ({"cpu_moe": True}, 3),
+        ({"override_tensor": [("attn_output", "cpu"), ("blk.1.ffn", "cpu")]}, 3),
+        ({"cache_type": "q8_0"}, 3),
+    ],
+    ids=["all", "two-layers", "cpu-moe", "overrides", "q8-cache"],
+)
+def test_logits_are_the_cpus(device: str, options: dict[str, Any], on_device: int) -> None:
+    same = {key: value for key, value in options.items() if key == "cache_type"}
+    with load("cpu", **same) as cpu, load(device, **options) as placed:
+        want = cpu.logits(IDS)
+        assert sum(name != "cpu" for name in placed.placement.layers) == on_device
+        assert placed.memory.device_bytes > 0
+        np.testing.assert_allclose(placed.logits(IDS), want, atol=5e-3)
+
+
+def test_a_session_moves_from_device_to_cpu(device: str, tmp_path: Path) -> None:
+    path = tmp_path / "session"
+    with load(device) as there, load("cpu") as here:
+        with there.session() as session:
+            session.feed(IDS)
+            session.save(path)
+            want = session.feed([7])
+        with here.session() as session:
+            session.load(path)
+            assert session.tokens == IDS
+            np.testing.assert_allclose(session.feed([7]), want, atol=5e-3)
+
+
+def test_a_token_runs_again_as_recorded(device: str) -> None:
+    with load(device) as placed, load("cpu") as cpu:
+        options: dict[str, Any] = {"max_tokens": 5, "temperature": 0.0, "ignore_eos": True}
+        got = placed.generate(IDS, **options)
+        assert got.tokens == cpu.generate(IDS, **options).tokens
