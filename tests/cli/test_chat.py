@@ -186,6 +186,9 @@ class Terminal:
         command = [sys.executable, "-m", "mla_backend", *(str(item) for item in arguments)]
         self.pid, self._file = pty.fork()
         if self.pid == 0:
+            # Tests that run in the background of a shell inherit that it is ignored.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             os.execv(command[0], command)
         self._seen = ""
         self._ended = False
