@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import pty
@@ -204,16 +205,19 @@ class Terminal:
     def expect(self, pattern: str, timeout_s: float = 60.0, press: str = "") -> None:
         """Read until ``pattern`` comes; what is before it is passed over.
 
-        ``press`` is sent every second meanwhile. A prompt shows a moment before the keyboard is
-        read, and keys that mean a signal or an end are lost if they come within it.
+        One key of ``press`` is sent every second meanwhile, in turn. A prompt shows a moment before
+        the keyboard is read, and keys that mean a signal or an end are lost if they come within it.
+        A signal also empties the keyboard's queue: readline, if it has just begun to take several
+        characters at once, then waits for one more before it heeds the signal.
         """
         deadline = time.monotonic() + timeout_s
-        self.send(press)
+        keys = itertools.cycle(press)
+        self.send(next(keys, ""))
         while (found := re.search(pattern, self._seen)) is None:
             left = max(deadline - time.monotonic(), 0)
             ready, _, _ = select.select([self._file], [], [], min(left, 1) if press else left)
             if press and not ready and left:
-                self.send(press)
+                self.send(next(keys))
                 continue
             assert ready, f"{pattern!r} did not come, but {self._seen[-500:]!r}"
             with contextlib.suppress(OSError):  # the process ended
@@ -255,7 +259,8 @@ def test_terminal(tiny: Path, tmp_path: Path) -> None:
         terminal.send("hello\r")
         terminal.expect(r"answer: .*" + PROMPT)
         terminal.send("half a line")
-        terminal.expect(PROMPT, press="\x03")
+        terminal.expect("half a line")
+        terminal.expect(PROMPT, press="\x03!")
         terminal.send("\x1b[A\r")  # the line before, from the history
         terminal.expect(r"reused.*" + PROMPT)
         terminal.send(f"/save {path}\r")
