@@ -144,8 +144,7 @@ __device__ __forceinline__ void stage_rows(const Product& p, bool fours, int n_r
   }
   for (int i = warp_id(); i < n_rows * n_units; i += n_warps) {
     const int row = i / n_units, unit = i % n_units;
-    const float scale =
-        L == RowLayout::plain_bf16 ? 1.0f : row_scale(__int_as_float(largest[row]));
+    const float scale = L == RowLayout::plain_bf16 ? 1.0f : row_scale(__int_as_float(largest[row]));
     convert_unit<L>(x_of(row), p.x_step, p.x_format, fours, unit, p.k, 1.0f / scale,
                     out + static_cast<int64_t>(row) * pitch);
     if (unit == 0 && lane_id() == 0) scales[row] = scale;
