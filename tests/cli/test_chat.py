@@ -286,6 +286,6 @@ def test_terminal_interrupt(tiny: Path) -> None:
             os.kill(terminal.pid, signal.SIGINT)
             # A random model may end its answer by itself before that; the interrupt is then still
             # to come, and one more makes sure that it does not hit the next message.
-            terminal.expect(r"(\(stopped\)|tokens/s\)).*" + PROMPT)
+            terminal.expect(r"(\(stopped\)|tokens/s\))(?s:.*)" + PROMPT)
             terminal.expect(PROMPT, press="\x03")
         assert terminal.leave() == 0
