@@ -105,14 +105,14 @@ class Runner:
         refusals.extend(executor.report()["refusals"])
         for cache, whole in self._caches:
             every = np.arange(len(cache.memory), dtype=np.int32)
-            cache.memory[...] = _core.read_rows(whole, every)
+            cache.memory[...] = self._device.read_cells(whole, every)
         return np.array(executor.output(0))
 
     def _placed(self, cache: LatentCache) -> list[_core.Tensor]:
         n_cells, width = cache.memory.shape
         memory = _core.DeviceMemory(self._device, cache.memory.size)
         whole = memory.tensor("I32", [n_cells, width // 4])
-        _core.write_rows(whole, np.arange(n_cells, dtype=np.int32), cache.memory)
+        self._device.write_cells(whole, np.arange(n_cells, dtype=np.int32), cache.memory)
         self._caches.append((cache, whole))
         return [
             memory.tensor(
