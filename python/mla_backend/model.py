@@ -185,6 +185,10 @@ class Model:
         runner = Runner(engine, cache)
         runner.prepare(self._n_batch)
         runner.prepare(1)
+        if refusals := runner.refusals():
+            self.notes.append(
+                f"{len(refusals)} operations run on the CPU instead; the first: {refusals[0]}"
+            )
         self._check_memory(self.memory.cache_bytes, cache_in_file=plan.kv_file is not None)
         self._runner, self._cache = runner, cache
         self._session = self._new_session(runner, cache)

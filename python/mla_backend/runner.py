@@ -105,6 +105,13 @@ class Runner:
         """Plan a batch of one piece ahead, so that its memory is taken before it is computed."""
         self._executor(BatchShape(n_tokens, 1, 1, self._contraction([(n_tokens, n_tokens)])))
 
+    def refusals(self) -> list[str]:
+        """Why nodes of the plans made so far are not where they were wanted, each reason once."""
+        found = dict.fromkeys(
+            reason for plan in self._executors.values() for reason in plan.report()["refusals"]
+        )
+        return list(found)
+
     def report(self, shape: BatchShape) -> dict[str, object]:
         """The plan of a shape: arena and scratch bytes, steps by backend."""
         return self._executor(shape).report()

@@ -9,8 +9,8 @@
 namespace mla::cuda {
 namespace {
 
-// Two blocks of 80 registers a thread leave nearly half of a multiprocessor to those of the next
-// kernel.
+// Two blocks of at most 85 registers a thread leave a third of a multiprocessor to those of the
+// next kernel.
 constexpr int kBlocksPerSm = 2;
 constexpr size_t kMostStaged = size_t{96} << 10;
 

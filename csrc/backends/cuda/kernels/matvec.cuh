@@ -10,11 +10,12 @@
 //
 // Why not tensor cores: at one row they would multiply seven columns of nothing, and their code is
 // long. A decoded token runs 500 kernels once each: instructions come from L2, and a kernel that
-// unrolls 20 KB of them waits for them longer than for its weights. This one has 3 to 5 KB.
+// unrolls them waits for them longer than for its weights. The loops here stay short.
 //
-// Instructions per weight: 4 dp4a a word and 1.3 to 3 others; 16 multiprocessor cycles bring the
-// bytes of 460 weights of 4 bits at 4.3 TB/s, and issue 64 warp instructions, 2,048 of lanes.
-// Registers: 80, so that two blocks leave nearly half of a multiprocessor to the next kernel's,
+// Instructions: two dp4a for a word of four weights, and what unpacks it. 16 cycles of a
+// multiprocessor bring the bytes of 468 weights of 4.5 bits at 4.3 TB/s, and issue 2,048 lanes'
+// instructions, 4.4 a weight.
+// Registers: at most 85, so that two blocks leave a third of a multiprocessor to the next kernel's,
 // which fetches its first weights into L2 while this one ends. Error: x is rounded to 2^-16 of the
 // largest of its 16; all else is exact or float32.
 #pragma once
