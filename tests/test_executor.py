@@ -11,7 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from mla_backend import CancelToken, _core
-from mla_backend.errors import CancelledError, FormatError, ShapeError, UnsupportedError
+from mla_backend.errors import (
+    CancelledError,
+    DeviceError,
+    FormatError,
+    ShapeError,
+    UnsupportedError,
+)
 
 Floats = npt.NDArray[np.float32]
 RNG = np.random.default_rng(4)
@@ -213,6 +219,87 @@ def test_unknown_isa(cpu: _core.CpuBackend) -> None:
     with pytest.raises(UnsupportedError, match="sse9"):
         _core.CpuBackend(_core.ThreadPool(1), "sse9")
     assert cpu.isa == _core.available_isas()[0]
+
+
+def several_inputs() -> tuple[_core.Graph, dict[str, Floats]]:
+    """Sums of a, c, d and e, where b is for a softmax."""
+    g = _core.Graph()
+    shapes = {"a": [4, 32], "b": [1, 5], "c": [1, 32], "d": [4, 1], "e": [4, 32]}
+    given = {name: RNG.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    node = {name: g.input(name, "F32", shape) for name, shape in shapes.items()}
+    wide = {name: g.broadcast(node[name], [4, 32]) for name in "acde"}
+    total = g.add(g.add(wide["d"], wide["a"]), wide["c"])
+    g.output(g.softmax(node["b"]))
+    g.output(g.add(total, wide["e"]))
+    return g, given
+
+
+@pytest.mark.parametrize(("ops", "n_copies"), [({"add"}, 2 + 1), ({"add", "softmax"}, 1 + 2)])
+def test_inputs_side_by_side_go_as_one(cpu: _core.CpuBackend, ops: set[str], n_copies: int) -> None:
+    """What stays on the host parts them; with nothing between there is one copy."""
+    graph, given = several_inputs()
+    executor = _core.Executor(graph, _core.Workspace([_core.SubsetBackend(cpu, ops), cpu]))
+    assert executor.report()["n_copies"] == n_copies
+    plain = _core.Executor(graph, _core.Workspace([cpu]))
+    for sign in (1, -1):
+        inputs = {name: sign * value for name, value in given.items()}
+        executor.run(inputs)
+        plain.run(inputs)
+        for i in range(2):
+            np.testing.assert_array_equal(executor.output(i), plain.output(i))
+
+
+def test_empty_inputs_travel_along(cpu: _core.CpuBackend) -> None:
+    g = _core.Graph()
+    nodes = [g.input(name, "F32", [rows, 32]) for name, rows in (("a", 2), ("b", 0), ("c", 2))]
+    for node in nodes:
+        g.output(g.add(node, node))
+    executor = _core.Executor(g, _core.Workspace([_core.SubsetBackend(cpu, {"add"}), cpu]))
+    executor.run({"a": X[:2], "b": X[:0], "c": X[2:]})
+    for i, want in enumerate((X[:2], X[:0], X[2:])):
+        np.testing.assert_array_equal(executor.output(i), 2 * want)
+
+
+# ---- outputs on demand ---------------------------------------------------------------------------
+
+
+def test_an_output_on_demand_is_copied_when_read(cpu: _core.CpuBackend) -> None:
+    g = _core.Graph()
+    x = g.input("x", "F32", [4, 32])
+    y = g.add(x, x)
+    z = g.rms_norm(y)
+    for _ in range(5):  # what would take its place, were it not kept
+        z = g.rms_norm(g.add(z, z))
+    g.output(y, on_demand=True)
+    g.output(g.slice(y, 1, 3, 5), on_demand=True)
+    g.output(z)
+    g.output(x, on_demand=True)
+    workspace = _core.Workspace([_core.SubsetBackend(cpu, {"add", "rms_norm"}), cpu])
+    executor = _core.Executor(g, workspace)
+    assert executor.report()["n_copies"] == 2  # x there, z back
+    for sign in (1, -1):
+        executor.run({"x": sign * X})
+        np.testing.assert_array_equal(executor.output(1), 2 * sign * X[:, 3:5])
+        for _ in range(2):
+            np.testing.assert_array_equal(executor.output(0), 2 * sign * X)
+        np.testing.assert_array_equal(executor.output(3), sign * X)
+    other = _core.Executor(add_chain(1), workspace)
+    other.run({"x": X})
+    with pytest.raises(DeviceError, match="output 0: its values are not there"):
+        executor.output(0)
+
+
+def test_what_comes_to_the_host_anyway_is_not_copied_twice(cpu: _core.CpuBackend) -> None:
+    g = _core.Graph()
+    x = g.input("x", "F32", [4, 32])
+    y = g.add(x, x)
+    g.output(y, on_demand=True)
+    g.output(y)
+    executor = _core.Executor(g, _core.Workspace([_core.SubsetBackend(cpu, {"add"}), cpu]))
+    assert executor.report()["n_copies"] == 2
+    executor.run({"x": X})
+    np.testing.assert_array_equal(executor.output(0), 2 * X)
+    np.testing.assert_array_equal(executor.output(1), 2 * X)
 
 
 # ---- inputs --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <limits>
 
 namespace mla {
 
@@ -12,6 +13,12 @@ static constexpr uint32_t order_key(float value) {
   if (value != value) return 1;
   const auto bits = std::bit_cast<uint32_t>(value + 0.0f);
   return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
+}
+
+// The value of an order_key; 0 for -0.
+static constexpr float order_value(uint32_t key) {
+  if (key == 1) return std::numeric_limits<float>::quiet_NaN();
+  return std::bit_cast<float>((key >> 31) != 0 ? key & 0x7fffffffu : ~key);
 }
 
 // Rises with the value and, among equal ones, with a falling id. 0 is left for "none".

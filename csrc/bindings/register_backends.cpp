@@ -78,7 +78,7 @@ void run(PyExecutor& self, const py::dict& inputs, const CancelToken* cancel) {
   self.executor->run(data, checkpoint);
 }
 
-py::array output(const PyExecutor& self, size_t i) {
+py::array output(PyExecutor& self, size_t i) {
   const Tensor t = self.executor->output(i);
   auto hold = std::make_unique<OutputMemory>(
       OutputMemory{self.executor->workspace().arena(kHost).data, self.owners});
@@ -225,8 +225,9 @@ void register_backends(py::module_& m) {
            "inputs: float32 or int32 arrays by name, C-contiguous. Raises CancelledError, and "
            "DeviceError where the workspace is in use.")
       .def("output", &output, arg("index") = 0,
-           "View of an output; its values stay until the next run in the workspace. Raises "
-           "DeviceError where they are gone.")
+           "View of an output; its values stay until the next run in the workspace. What is due on "
+           "demand is copied by the first call after a run. Raises DeviceError where values are "
+           "gone.")
       .def(
           "report", &report,
           "arena_bytes, unshared_bytes, scratch_bytes, n_copies, steps [(op or \"hop\", backend)], "

@@ -73,8 +73,11 @@ void bind_leaves(py::class_<PyGraph>& graph) {
           "Nodes from now on are computed by the backend of this name where it can; \"\": by the "
           "first of the workspace that can.")
       .def(
-          "output", [](PyGraph& g, const PyNode& x) { g.graph->output(x.node); }, arg("x"),
-          "Keeps x readable after a run; outputs are numbered in the order of these calls.")
+          "output",
+          [](PyGraph& g, const PyNode& x, bool on_demand) { g.graph->output(x.node, on_demand); },
+          arg("x"), arg("on_demand") = false,
+          "Keeps x readable after a run; outputs are numbered in the order of these calls. "
+          "on_demand: it stays in the memory of its device until it is read.")
       .def("describe", [](const PyGraph& g) {
         std::vector<std::string> lines;
         for (const auto& node : g.graph->nodes()) {
@@ -205,9 +208,9 @@ void bind_products(py::class_<PyGraph>& graph) {
           "top_k",
           [](PyGraph& g, const PyNode& logits, int k) {
             const Choice best = top_k(*g.graph, logits.node, {k});
-            return std::make_pair(wrap(g, best.ids), wrap(g, best.values));
+            return std::make_tuple(wrap(g, best.ids), wrap(g, best.values), wrap(g, best.totals));
           },
-          arg("logits"), arg("k"), "-> (ids, values)");
+          arg("logits"), arg("k"), "-> (ids, values, totals)");
 }
 
 void bind_states(py::class_<PyGraph>& graph) {

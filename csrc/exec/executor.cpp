@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <optional>
 
 #include "base/error.h"
 
@@ -81,6 +82,11 @@ Step Executor::resolve(const PlannedStep& planned) const {
     const Slot& to = plan_.slots[static_cast<size_t>(planned.to_slot)];
     step.out = resolve(to.root, to.domain);
     step.in[0] = resolve(from.root, from.domain);
+    if (planned.bytes != 0) {  // slots begin and end at multiples of a word
+      const Layout words = Layout::contiguous(Format::I32, Shape{planned.bytes / 4});
+      step.out = Tensor(words, step.out.data);
+      step.in[0] = Tensor(words, step.in[0].data);
+    }
     return step;
   }
   const Domain domain = workspace_->domain_of(planned.backend);
@@ -177,18 +183,32 @@ void Executor::run(std::span<const InputData> inputs, const Checkpoint& checkpoi
     throw;
   }
   settle();
+  fetched_.assign(outputs_.size(), 0);
   values_ = values;  // what an exception stops leaves none
 }
 
-Tensor Executor::output(size_t i) const {
+void Executor::fetch(size_t output) {
+  const PlannedStep& hop = plan_.fetches[output];
+  Backend& backend = *workspace_->backends()[static_cast<size_t>(hop.backend)];
+  const Step step = resolve(hop);
+  backend.copy(step.out, step.in[0]);
+  backend.sync();
+  fetched_[output] = 1;
+}
+
+Tensor Executor::output(size_t i) {
   MLA_CHECK_SHAPE(i < outputs_.size(), "output ", i, " of ", outputs_.size());
+  const bool due = plan_.fetches[i].to_slot >= 0 && fetched_[i] == 0;
+  std::optional<Workspace::Turn> turn;
+  if (due) turn.emplace(*workspace_);
   MLA_CHECK(DeviceError, values_ == workspace_->values(), "output ", i,
             ": its values are not there: ",
             values_ == 0 ? "nothing has run yet" : "the workspace has been used since");
-  const Node* root = root_of(outputs_[i]).node;
+  const Node* root = root_of(outputs_[i].node).node;
   MLA_CHECK(UnsupportedError, root->home == nullptr, "output ", i, ": a state in the memory of a ",
             "device cannot be read here");
-  return resolve(outputs_[i], kHost);
+  if (due) fetch(i);
+  return resolve(outputs_[i].node, kHost);
 }
 
 }  // namespace mla

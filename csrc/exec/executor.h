@@ -30,7 +30,8 @@ class Executor {
 
   // In host memory; the values stay until another run in the workspace or an executor that makes it
   // grow. Throws DeviceError where they are gone, or there were none yet.
-  Tensor output(size_t i) const;
+  // What is due on demand is copied there by the first call.
+  Tensor output(size_t i);
   const Plan& plan() const { return plan_; }
   const Workspace& workspace() const { return *workspace_; }
 
@@ -46,6 +47,7 @@ class Executor {
   void compile();
   void note_checks(const PlannedStep& planned);
   void copy_constants();
+  void fetch(size_t output);
   void fill(std::span<const InputData> inputs);
 
   std::shared_ptr<const Graph> graph_;
@@ -59,7 +61,8 @@ class Executor {
   std::vector<HostCheck> checks_;
   std::vector<Segment> segments_;
   std::vector<Node*> inputs_;
-  std::vector<Node*> outputs_;
+  std::vector<Output> outputs_;
+  std::vector<char> fetched_;              // by output, of the last run
   std::vector<std::vector<int>> slot_of_;  // [domain][node id] -> slot, -1: none
   // Of each device: its copies of weights, by the weight.
   std::vector<std::unordered_map<const Node*, Buffer>> constants_;

@@ -1,6 +1,7 @@
 #include "exec/planner.h"
 
 #include <algorithm>
+#include <set>
 #include <unordered_map>
 
 #include "base/error.h"
@@ -27,20 +28,21 @@ class Planner {
   Planner(const Graph& graph, const Workspace& workspace) : graph_(graph), workspace_(workspace) {
     plan_.arena_bytes.resize(static_cast<size_t>(workspace.n_domains()));
     plan_.scratch_bytes.resize(workspace.backends().size());
+    inputs_of_.resize(static_cast<size_t>(workspace.n_domains()));
   }
 
   Plan make() {
     for (const auto& node : graph_.nodes()) {
       if (node->op == Op::input) {
         add_slot(node.get(), kHost, -1);
-      } else if (!node->is_leaf() && node->op != Op::view) {
-        plan_node(node.get());
+      } else if (computes(*node)) {
+        choose_backend(*node);
       }
     }
-    for (Node* output : graph_.outputs()) {
-      Node* root = root_of(output).node;
-      if (root->op == Op::input || !root->is_leaf()) use(root, kHost, kForever);
+    for (const auto& node : graph_.nodes()) {
+      if (computes(*node)) plan_node(node.get());
     }
+    plan_outputs();
     place();
     return std::move(plan_);
   }
@@ -48,7 +50,19 @@ class Planner {
  private:
   static constexpr int kForever = INT32_MAX;
 
-  int choose_backend(const Node& node) const {
+  static bool computes(const Node& node) { return !node.is_leaf() && node.op != Op::view; }
+
+  void choose_backend(const Node& node) {
+    const int backend = best_backend(node);
+    backend_of_[&node] = backend;
+    auto& inputs = inputs_of_[static_cast<size_t>(workspace_.domain_of(backend))];
+    for (Node* in : node.inputs) {
+      Node* root = in != nullptr ? root_of(in).node : nullptr;
+      if (root != nullptr && root->op == Op::input) inputs.insert(root->id);
+    }
+  }
+
+  int best_backend(const Node& node) const {
     const auto& backends = workspace_.backends();
     for (size_t i = 0; i < backends.size(); ++i) {
       if (backends[i]->name() == node.device && can_run(node, i)) return static_cast<int>(i);
@@ -71,7 +85,7 @@ class Planner {
   }
 
   void plan_node(Node* node) {
-    const int backend = choose_backend(*node);
+    const int backend = backend_of_.at(node);
     const Domain domain = workspace_.domain_of(backend);
     for (Node* in : node->inputs) {
       if (in == nullptr) continue;
@@ -102,6 +116,7 @@ class Planner {
 
   // The slot of `root` in `domain`, copied there first if it is elsewhere only.
   int use(Node* root, Domain domain, int until) {
+    if (root->op == Op::input && find(root, domain) < 0) carry_inputs(domain);
     int slot = find(root, domain);
     if (slot < 0) {
       const int source = domain == kHost ? by_root_[root].front() : use(root, kHost, kNow);
@@ -119,6 +134,63 @@ class Planner {
       touched_.push_back(slot);
     }
     return slot;
+  }
+
+  // All inputs that will be wanted in `domain`, once the first one is. They are small, and born
+  // before the run: so they lie in both memories in the order in which they were declared, and
+  // those without a gap between them on the host go as one.
+  void carry_inputs(Domain domain) {
+    const int step = static_cast<int>(plan_.steps.size());
+    const Slot* before = nullptr;  // on the host
+    for (const int id : inputs_of_[static_cast<size_t>(domain)]) {
+      Node* root = graph_.nodes()[static_cast<size_t>(id)].get();
+      const int to = add_slot(root, domain, -1);
+      const int from = by_root_[root].front();
+      Slot& source = plan_.slots[static_cast<size_t>(from)];
+      source.last = std::max(source.last, step);
+      if (before == nullptr || !follows(*before, source)) {
+        plan_.steps.push_back({device_between(kHost, domain), nullptr, from, to});
+        ++plan_.n_copies;
+      }
+      plan_.steps.back().bytes += source.bytes;
+      before = &plan_.slots[static_cast<size_t>(from)];
+    }
+  }
+
+  // Whether no input was declared between the two.
+  bool follows(const Slot& before, const Slot& next) const {
+    for (int id = before.root->id + 1; id < next.root->id; ++id) {
+      if (graph_.nodes()[static_cast<size_t>(id)]->op == Op::input) return false;
+    }
+    return true;
+  }
+
+  void plan_outputs() {
+    const auto& outputs = graph_.outputs();
+    plan_.fetches.resize(outputs.size());
+    for (const bool on_demand : {false, true}) {  // what is there anyway need not be asked for
+      for (size_t i = 0; i < outputs.size(); ++i) {
+        Node* root = root_of(outputs[i].node).node;
+        if (outputs[i].on_demand != on_demand) continue;
+        if (root->op == Op::weight || root->op == Op::state) continue;
+        on_demand ? keep(root, i) : static_cast<void>(use(root, kHost, kForever));
+      }
+    }
+  }
+
+  // A place for the value on the host, and the hop that fills it once it is asked for.
+  void keep(Node* root, size_t output) {
+    const int source = by_root_[root].front();
+    plan_.slots[static_cast<size_t>(source)].last = kForever;
+    if (find(root, kHost) < 0) {
+      const Domain from = plan_.slots[static_cast<size_t>(source)].domain;
+      const int to = add_slot(root, kHost, static_cast<int>(plan_.steps.size()));
+      plan_.slots[static_cast<size_t>(to)].last = kForever;
+      fetch_of_[root] = {device_between(from, kHost), nullptr, source, to};
+    }
+    if (const auto it = fetch_of_.find(root); it != fetch_of_.end()) {
+      plan_.fetches[output] = it->second;
+    }
   }
 
   int find(const Node* root, Domain domain) const {
@@ -172,6 +244,9 @@ class Planner {
   Plan plan_;
   std::unordered_map<const Node*, std::vector<int>> by_root_;
   std::vector<int> touched_;
+  std::unordered_map<const Node*, int> backend_of_;
+  std::vector<std::set<int>> inputs_of_;  // by domain: ids of the inputs that its nodes read
+  std::unordered_map<const Node*, PlannedStep> fetch_of_;
 };
 
 }  // namespace

@@ -22,18 +22,20 @@ struct Slot {
   int64_t offset_bytes = 0;  // in the domain's arena
 };
 
-// One thing to do: a node on a backend, or (node == nullptr) a value copied between the host and a
-// backend's own memory.
+// One thing to do: a node on a backend, or (node == nullptr) a hop: a value copied between the host
+// and a backend's own memory.
 struct PlannedStep {
   int backend = 0;
   const Node* node = nullptr;
   int from_slot = -1;
   int to_slot = -1;
+  int64_t bytes = 0;  // of values that lie side by side in both; 0: of one, as it is laid out
 };
 
 struct Plan {
   std::vector<Slot> slots;
   std::vector<PlannedStep> steps;
+  std::vector<PlannedStep> fetches;    // by output: the hop it is due on demand; to_slot < 0: none
   std::vector<int64_t> arena_bytes;    // by domain
   std::vector<int64_t> scratch_bytes;  // by backend
   int64_t unshared_bytes = 0;          // what the arenas would take without reuse

@@ -76,9 +76,9 @@ void Graph::check_own(const Node* node) const {
                   node->layout, " is a node of another graph");
 }
 
-void Graph::output(Node* node) {
+void Graph::output(Node* node, bool on_demand) {
   check_own(node);
-  outputs_.push_back(node);
+  outputs_.push_back({node, on_demand});
 }
 
 Node* Graph::add_node(Op op, const Layout& layout, std::vector<Node*> inputs, Attrs attrs) {

@@ -62,12 +62,14 @@ struct Routing {
 };
 Routing route(Graph& g, Node* logits, Node* bias, RouteAttrs attrs);
 
-// logits [M, V] F32, any strides. The node is I32 [M, 2, k]; ids and values are views of it: I32
-// [M, k] and F32 [M, k], the k largest of each row in falling order (ties to the lower id; NaN is
-// below -inf).
+// logits [M, V] F32, any strides. The node is I32 [M, 2 k + 1]; ids, values and totals are views of
+// it: I32 [M, k] and F32 [M, k], the k largest of each row in falling order (ties to the lower id;
+// NaN is below -inf), and F32 [M, 1], the sum of e^(logit - values[0]) over the row: NaN where the
+// row has a NaN, or its largest is infinite.
 struct Choice {
   Node* ids;
   Node* values;
+  Node* totals;
 };
 Choice top_k(Graph& g, Node* logits, TopKAttrs attrs);
 

@@ -75,9 +75,9 @@ class Graph:
         """
         contraction: which of them the spans may ask for, any, absorbed or expanded.
         """
-    def output(self, x: Node) -> None:
+    def output(self, x: Node, on_demand: bool = False) -> None:
         """
-        Keeps x readable after a run; outputs are numbered in the order of these calls.
+        Keeps x readable after a run; outputs are numbered in the order of these calls. on_demand: it stays in the memory of its device until it is read.
         """
     def permute(self, x: Node, axes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> Node:
         ...
@@ -111,9 +111,9 @@ class Graph:
         ...
     def swiglu_matmul(self, x: Node, gate: Node, up: Node, ids: Node | None = None, precision: str = 'fast') -> Node:
         ...
-    def top_k(self, logits: Node, k: typing.SupportsInt | typing.SupportsIndex) -> tuple[Node, Node]:
+    def top_k(self, logits: Node, k: typing.SupportsInt | typing.SupportsIndex) -> tuple[Node, Node, Node]:
         """
-        -> (ids, values)
+        -> (ids, values, totals)
         """
     def weight(self, name: str, tensor: Tensor) -> Node:
         """
@@ -214,7 +214,7 @@ class Executor:
         """
     def output(self, index: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.typing.NDArray[typing.Any]:
         """
-        View of an output; its values stay until the next run in the workspace. Raises DeviceError where they are gone.
+        View of an output; its values stay until the next run in the workspace. What is due on demand is copied by the first call after a run. Raises DeviceError where values are gone.
         """
     def report(self) -> dict[str, typing.Any]:
         """

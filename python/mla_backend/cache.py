@@ -224,9 +224,9 @@ class LatentCache:
             )
         if shared:
             self._own(sequence, [tail])
-        for _ in range(n_new):
-            sequence.blocks.append(self._take())
-        self._write_table(sequence)
+        if n_new:
+            sequence.blocks += [self._take() for _ in range(n_new)]
+            self._write_table(sequence)
         return self.cells(sequence, sequence.n_cells, n_tokens)
 
     def release(self, sequence: CacheSequence) -> None:
@@ -244,10 +244,14 @@ class LatentCache:
 
     def cells(self, sequence: CacheSequence, begin: int, n_cells: int) -> Int32s:
         """Where positions [begin, begin + n_cells) of a sequence lie, I32 [n_cells]."""
-        index = np.arange(begin, begin + n_cells) + sequence.first_cell
-        blocks = np.asarray(sequence.blocks, np.int32)
-        found = blocks[index // BLOCK_CELLS] * BLOCK_CELLS + index % BLOCK_CELLS
-        return found.astype(np.int32)
+        first = begin + sequence.first_cell
+        blocks = self.block_table[sequence.row]
+        if n_cells == 1:  # while generating, every time: without the overhead of arrays
+            block, offset = divmod(first, BLOCK_CELLS)
+            return np.array([blocks[block] * BLOCK_CELLS + offset], np.int32)
+        index = np.arange(first, first + n_cells, dtype=np.int32)
+        cells: Int32s = blocks[index // BLOCK_CELLS] * BLOCK_CELLS + index % BLOCK_CELLS
+        return cells
 
     # ---- saving ---------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mla_backend._core import CancelToken
+from mla_backend.candidates import LogitsRow
 from mla_backend.errors import CancelledError, ContextError, UsageError
 from mla_backend.sampling import LogitsProcessor, Sampled, Sampler, SamplingParams
 from mla_backend.session import Session
@@ -32,6 +33,16 @@ class Stats:
     n_generated: int
     prompt_seconds: float
     generation_seconds: float
+
+    def one_more(self, generation_seconds: float) -> Stats:
+        """These after another token."""
+        return Stats(
+            self.n_prompt,
+            self.n_reused,
+            self.n_generated + 1,
+            self.prompt_seconds,
+            generation_seconds,
+        )
 
     @property
     def prompt_tps(self) -> float:
@@ -177,7 +188,7 @@ class _Generation:
             limit = min(limit, options.max_tokens)
         started = time.perf_counter()
         try:
-            logits = session.feed_prompt(
+            logits: LogitsRow = session.feed_prompt(
                 self._prompt[self._stats.n_reused :],
                 cancel=options.cancel,
                 on_progress=options.on_progress,
@@ -187,16 +198,12 @@ class _Generation:
             while self._stats.n_generated < limit:
                 sampled = self._sampler.sample(logits, session.tokens)
                 session.sampler_state = self._sampler.state()
-                self._stats = replace(
-                    self._stats,
-                    n_generated=self._stats.n_generated + 1,
-                    generation_seconds=time.perf_counter() - started,
-                )
+                self._stats = self._stats.one_more(time.perf_counter() - started)
                 chunk = self._chunk(sampled, last=self._stats.n_generated == limit)
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
-                logits = session.feed([sampled.token], cancel=options.cancel)[-1]
+                logits = session.step(sampled.token, self._sampler.enough, cancel=options.cancel)
             yield self._closing("length")
         except CancelledError:
             yield self._closing("cancelled")

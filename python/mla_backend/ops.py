@@ -218,14 +218,15 @@ def top_k(
     backend: str = "cpu",
     isa: str | None = None,
     threads: int | None = None,
-) -> tuple[I32, F32]:
+) -> tuple[I32, F32, F32]:
     """The k (at most 256) largest of each row of logits [M, V]: ids int32 [M, k], values float32.
 
-    Falling order; ties go to the lower id, NaN is below -inf.
+    Falling order; ties go to the lower id, NaN is below -inf. Third come totals float32 [M, 1]: the
+    sum of e^(logit - values[0]) over the row, NaN where it has a NaN or its largest is infinite.
     """
     call = Call("top_k", backend, isa, threads)
-    ids, values = call.run(*call.graph.top_k(call.operand("logits", logits), k))
-    return ids, values
+    ids, values, totals = call.run(*call.graph.top_k(call.operand("logits", logits), k))
+    return ids, values, totals
 
 
 # ---- products ------------------------------------------------------------------------------------

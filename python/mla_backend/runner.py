@@ -13,6 +13,7 @@ import numpy.typing as npt
 from mla_backend import _core
 from mla_backend.attention_mode import AttentionMode, HeadDims, expands
 from mla_backend.cache import CacheSequence, LatentCache
+from mla_backend.candidates import N_CANDIDATES, Candidates, Enough, LogitsRow
 from mla_backend.config import ModelConfig
 from mla_backend.errors import ShapeError
 from mla_backend.loading import Weights
@@ -71,6 +72,9 @@ class Runner:
         self._engine = engine
         self._cache = cache
         self._observer = observer
+        config = engine.config
+        self._dims = HeadDims(config.kv_lora_rank, config.d_nope, config.d_rope, config.d_value)
+        self._n_candidates = min(N_CANDIDATES, config.n_vocab)
         self._executors: OrderedDict[BatchShape, _core.Executor] = OrderedDict()
 
     @property
@@ -86,24 +90,61 @@ class Runner:
         """
         shape = self._shape(pieces)
         with self._engine.lock:
-            try:
-                inputs = self._inputs(pieces, shape)
-                executor = self._executor(shape)
-                executor.run(inputs, cancel)
-                self._engine.weights.check()
-            except BaseException:
-                for piece in pieces:
-                    self._cache.release(piece.sequence)
-                raise
-            for piece in pieces:
-                self._cache.commit(piece.sequence, len(piece.ids))
+            executor = self._compute(pieces, shape, cancel)
             if not shape.n_outputs:
                 return np.empty((0, self._engine.config.n_vocab), np.float32)
             return executor.output(0).copy()  # the arena is the next run's
 
+    def run_for(
+        self,
+        pieces: Sequence[Piece],
+        enough: Sequence[Enough],
+        cancel: _core.CancelToken | None = None,
+    ) -> list[LogitsRow]:
+        """Like ``run``, of pieces with one output each: candidates where they are enough of a row.
+
+        The logits of the other rows are float32 [vocab].
+        """
+        if len(enough) != len(pieces) or any(piece.outputs != 1 for piece in pieces):
+            raise ShapeError("candidates are of one output to a piece, each with its own use")
+        shape = self._shape(pieces, self._n_candidates)
+        with self._engine.lock:
+            executor = self._compute(pieces, shape, cancel)
+            best = zip(*(executor.output(i).copy() for i in (1, 2, 3)), strict=True)
+            n_vocab = self._engine.config.n_vocab
+            rows: list[LogitsRow] = [
+                Candidates(ids, values, float(total[0]), n_vocab) for ids, values, total in best
+            ]
+            for i, is_enough in enumerate(enough):
+                if not is_enough(rows[i]):  # type: ignore[arg-type]
+                    rows[i] = executor.output(0)[i].copy()
+            return rows
+
+    def _compute(
+        self, pieces: Sequence[Piece], shape: BatchShape, cancel: _core.CancelToken | None
+    ) -> _core.Executor:
+        """Run a batch and count its tokens; where that fails, no sequence has changed."""
+        try:
+            inputs = self._inputs(pieces, shape)
+            executor = self._executor(shape)
+            executor.run(inputs, cancel)
+            self._engine.weights.check()
+        except BaseException:
+            for piece in pieces:
+                self._cache.release(piece.sequence)
+            raise
+        for piece in pieces:
+            self._cache.commit(piece.sequence, len(piece.ids))
+        return executor
+
     def prepare(self, n_tokens: int) -> None:
-        """Plan a batch of one piece ahead, so that its memory is taken before it is computed."""
-        self._executor(BatchShape(n_tokens, 1, 1, self._contraction([(n_tokens, n_tokens)])))
+        """Plan a batch of one piece ahead, so that its memory is taken before it is computed.
+
+        A single token is one that is generated, and chosen from candidates.
+        """
+        contraction = self._contraction([(n_tokens, n_tokens)])
+        n_candidates = self._n_candidates if n_tokens == 1 else 0
+        self._executor(BatchShape(n_tokens, 1, 1, contraction, n_candidates))
 
     def refusals(self) -> list[str]:
         """Why nodes of the plans made so far are not where they were wanted, each reason once."""
@@ -116,7 +157,7 @@ class Runner:
         """The plan of a shape: arena and scratch bytes, steps by backend."""
         return self._executor(shape).report()
 
-    def _shape(self, pieces: Sequence[Piece]) -> BatchShape:
+    def _shape(self, pieces: Sequence[Piece], n_candidates: int = 0) -> BatchShape:
         if not pieces or not all(len(piece.ids) for piece in pieces):
             raise ShapeError("a batch needs one piece or more, each of one token or more")
         if len({piece.sequence.row for piece in pieces}) != len(pieces):
@@ -129,33 +170,37 @@ class Runner:
             n_outputs=sum(piece.outputs for piece in pieces),
             n_spans=len(pieces),
             contraction=self._contraction(seen),
+            n_candidates=n_candidates,
         )
 
     def _inputs(
         self, pieces: Sequence[Piece], shape: BatchShape
     ) -> dict[str, npt.NDArray[np.int32]]:
-        ids, positions, cells, rows = (np.empty(0, np.int32) for _ in range(4))
-        spans = np.zeros((shape.n_spans, SPAN_FIELDS), np.int32)
-        first = 0
+        ids, positions, cells = np.empty((3, shape.n_tokens), np.int32)
+        rows = np.empty(shape.n_outputs, np.int32)
+        spans = np.empty((shape.n_spans, SPAN_FIELDS), np.int32)
+        first = first_row = 0
         for index, piece in enumerate(pieces):
             sequence, n = piece.sequence, len(piece.ids)
-            new_cells = self._cache.reserve(sequence, n)
+            end, end_row = first + n, first_row + piece.outputs
+            cells[first:end] = self._cache.reserve(sequence, n)
             seen = sequence.n_cells + n
             expanded = self._expands(n, seen)
             spans[index] = (index, first, n, sequence.first_cell, seen, expanded)
-            ids = np.append(ids, np.asarray(piece.ids, np.int32))
-            positions = np.append(positions, sequence.next_position + np.arange(n, dtype=np.int32))
-            cells = np.append(cells, new_cells)
-            rows = np.append(rows, np.arange(first + n - piece.outputs, first + n, dtype=np.int32))
-            first += n
+            ids[first:end] = piece.ids
+            positions[first:end] = np.arange(sequence.next_position, sequence.next_position + n)
+            rows[first_row:end_row] = np.arange(end - piece.outputs, end)
+            first, first_row = end, end_row
         inputs = {
             "ids": ids,
-            "positions": positions.astype(np.int32),
+            "positions": positions,
             "cells": cells,
             "spans": spans,
             "block_table": self._cache.block_table[[piece.sequence.row for piece in pieces]],
         }
-        return inputs | ({"rows": rows.astype(np.int32)} if shape.n_outputs else {})
+        if shape.n_outputs:
+            inputs["rows"] = rows
+        return inputs
 
     def _contraction(self, pieces: Sequence[tuple[int, int]]) -> str:
         """Of pieces of (new tokens, positions seen): what BatchShape says of them.
@@ -168,9 +213,8 @@ class Runner:
         return "any" if len(kinds) > 1 else "expanded" if True in kinds else "absorbed"
 
     def _expands(self, n_tokens: int, n_cells: int) -> bool:
-        engine, config = self._engine, self._engine.config
-        dims = HeadDims(config.kv_lora_rank, config.d_nope, config.d_rope, config.d_value)
-        return expands(dims, engine.attention, n_tokens, n_cells, engine.isa)
+        engine = self._engine
+        return expands(self._dims, engine.attention, n_tokens, n_cells, engine.isa)
 
     def _executor(self, shape: BatchShape) -> _core.Executor:
         found = self._executors.get(shape)

@@ -3,6 +3,9 @@
 The order is llama.cpp's: logits processors, logit bias, penalties, top-k, top-p, min-p, then
 temperature; so the truncations look at the distribution at temperature 1. One uniform number is
 drawn per sampled token, and none where the choice is greedy.
+
+Where the best few logits of a row decide, the others need not be there: the choice is the same. The
+log-probabilities, which take a sum over the row, may then differ in the last digits of float32.
 """
 
 from __future__ import annotations
@@ -10,14 +13,17 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from .candidates import N_CANDIDATES, Candidates, Enough, FloatArray, LogitsRow
 from .errors import ModelError, SessionError, ShapeError, UsageError
+from .sampling_params import SamplingParams
 
-FloatArray = np.ndarray[Any, np.dtype[np.float32]]
+__all__ = ["LogitsProcessor", "Sampled", "Sampler", "SamplingParams"]
+
 IntArray = np.ndarray[Any, np.dtype[np.intp]]
 
 # Takes all ids so far and a private copy of the logits, float32 [vocab]; returns logits alike.
@@ -25,69 +31,10 @@ LogitsProcessor = Callable[[Sequence[int], FloatArray], FloatArray]
 
 _FIRST_SORTED = 1024  # candidates sorted before top-p asks for all: usually enough
 _BLOCK = 64  # logits per block maximum: 129k give 2020 blocks, enough for every usual top-k
-_SEED_LIMIT = 2**64
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to choose tokens; the defaults are llama.cpp's.
-
-    Attributes:
-        temperature: 0 takes the most probable token, the lowest id among equals.
-        top_k: keep this many; 0 keeps all.
-        top_p: keep the most probable tokens that together reach this; 1 keeps all.
-        min_p: keep tokens at least this times as probable as the best; 0 keeps all.
-        repeat_penalty: divides positive and multiplies negative logits of recent tokens; 1 is off.
-        repeat_last_n: how many tokens count as recent, the prompt included; -1 means all.
-        frequency_penalty: subtracted once per recent occurrence.
-        presence_penalty: subtracted once where there is any recent occurrence.
-        seed: 0 .. 2^64 - 1; -1 draws one, which ``Sampler.seed`` then tells. So does None, except
-            where a prompt goes on from what its session holds: then the random numbers go on too.
-        logprobs: how many most probable alternatives to report per token.
-        logit_bias: added to the logits of single ids; -inf forbids a token.
-        stop: texts that end generation; the sampler itself does not use them.
-    """
-
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    repeat_last_n: int = 64
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    seed: int | None = None
-    logprobs: int = 0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    stop: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        """Check every field.
-
-        Raises:
-            UsageError: naming the option, its value and what is accepted.
-        """
-        _check_float("temperature", self.temperature, 0.0, math.inf)
-        _check_int("top_k", self.top_k, 0)
-        _check_float("top_p", self.top_p, 0.0, 1.0)
-        _check_float("min_p", self.min_p, 0.0, 1.0)
-        _check_float("repeat_penalty", self.repeat_penalty, 0.0, math.inf)
-        if self.repeat_penalty == 0:
-            raise UsageError("repeat_penalty is 0; expected a number above 0")
-        _check_int("repeat_last_n", self.repeat_last_n, -1)
-        _check_float("frequency_penalty", self.frequency_penalty, -math.inf, math.inf)
-        _check_float("presence_penalty", self.presence_penalty, -math.inf, math.inf)
-        if self.seed is not None:
-            _check_int("seed", self.seed, -1, _SEED_LIMIT - 1)
-        _check_int("logprobs", self.logprobs, 0)
-        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
-        object.__setattr__(self, "stop", _checked_stop(self.stop))
-
-    @property
-    def has_penalties(self) -> bool:
-        """Whether recent tokens change the logits."""
-        penalties = self.frequency_penalty != 0 or self.presence_penalty != 0
-        return (penalties or self.repeat_penalty != 1) and self.repeat_last_n != 0
+# Below this the best weighs all, as the least difference of two float32 already weighs e^-1e215; a
+# quotient by it is still finite.
+_COLDEST = 1e-260
+_TOTAL_ERROR = 1e-5  # sums of exponentials differ by less, whoever computes them in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +60,7 @@ class Sampler:
     Attributes:
         params: how to choose.
         seed: the seed in use, drawn if the parameters left it open.
+        enough: tells whether the candidates of a row do for ``sample``; None: they never do.
     """
 
     def __init__(self, params: SamplingParams, processors: Sequence[LogitsProcessor] = ()) -> None:
@@ -123,19 +71,38 @@ class Sampler:
         self._processors = tuple(processors)
         self._bits = np.random.PCG64(self.seed)
         self._uniform = np.random.Generator(self._bits).random
+        self.enough: Enough | None = self._decides if self._uses_candidates() else None
 
-    def sample(self, logits: FloatArray, history: Sequence[int] = ()) -> Sampled:
+    def _uses_candidates(self) -> bool:
+        params = self.params
+        if self._processors or params.logit_bias or params.has_penalties:
+            return False
+        cuts = params.top_k or params.top_p < 1 or params.min_p > 0
+        wanted = max(params.top_k if params.temperature else 1, params.logprobs)
+        return wanted <= N_CANDIDATES and bool(cuts or params.temperature == 0)
+
+    def _decides(self, row: Candidates) -> bool:
+        params = self.params
+        if not math.isfinite(row.total) or params.logprobs > row.values.size:
+            return False
+        cut = 0 < params.top_k <= row.values.size and params.top_k < row.n_vocab
+        return params.temperature == 0 or cut or _n_surviving(row, params) is not None
+
+    def sample(self, logits: LogitsRow, history: Sequence[int] = ()) -> Sampled:
         """Choose the token that follows ``history``.
 
         Args:
-            logits: float32 [vocab]; not changed.
+            logits: float32 [vocab], not changed; or candidates that are ``enough``.
             history: all ids so far, the prompt included, oldest first.
 
         Raises:
             ShapeError: the logits, or what a processor made of them, are not [vocab].
             ModelError: the logits are not numbers, or all are -inf.
-            UsageError: bias or processors leave no token, or name one outside the vocabulary.
+            UsageError: bias or processors leave no token, or name one outside the vocabulary; or
+                the candidates do not decide.
         """
+        if isinstance(logits, Candidates):
+            return self._sample_best(logits)
         raw = np.asarray(logits, np.float32)
         if raw.ndim != 1 or raw.size == 0:
             raise ShapeError(f"sample: got logits of shape {list(raw.shape)}; expected [vocab]")
@@ -149,6 +116,24 @@ class Sampler:
             token,
             float(raw[token]) - log_total,
             tuple((int(i), float(raw[i]) - log_total) for i in top),
+        )
+
+    def _sample_best(self, row: Candidates) -> Sampled:
+        best = float(row.values[0])
+        index: int | None = 0
+        if self.params.temperature != 0:
+            n = _n_surviving(row, self.params)
+            index = None if n is None else self._draw(row.values[:n], best)
+        if index is None or self.enough is None:
+            raise UsageError("sample: the candidates do not decide; give all logits")
+        log_total = best + math.log(row.total)
+        return Sampled(
+            int(row.ids[index]),
+            float(row.values[index]) - log_total,
+            tuple(
+                (int(row.ids[i]), float(row.values[i]) - log_total)
+                for i in range(self.params.logprobs)
+            ),
         )
 
     def state(self) -> dict[str, Any]:
@@ -211,21 +196,25 @@ class Sampler:
         temperature = self.params.temperature
         if temperature == 0:
             return best
-        ids = _candidates(logits, top, self.params)
-        with np.errstate(over="ignore"):  # tiny temperatures: -inf weighs nothing
-            weights = np.exp((_take(logits, ids).astype(np.float64) - top) / temperature)
-        bounds = weights.cumsum()
-        index = int(bounds.searchsorted(self._uniform() * bounds[-1], side="right"))
-        # Rounding may reach the end; the last candidate that weighs anything is meant then.
-        index = min(index, int(bounds.searchsorted(bounds[-1])))
+        ids = _surviving(logits, top, self.params)
+        index = self._draw(_take(logits, ids), top)
         return index if ids is None else int(ids[index])
+
+    def _draw(self, values: FloatArray, top: float) -> int:
+        """Index of one of the logits [n], each as likely as its temperature makes it."""
+        cold = max(self.params.temperature, _COLDEST)
+        bounds = np.exp((values.astype(np.float64) - top) / cold).cumsum()
+        index = int(bounds.searchsorted(self._uniform() * bounds[-1], side="right"))
+        if index == bounds.size:  # by rounding: the last that weighs anything is meant
+            index = int(bounds.searchsorted(bounds[-1]))
+        return index
 
 
 def _take(logits: FloatArray, ids: IntArray | None) -> FloatArray:
     return logits if ids is None else logits[ids]
 
 
-def _candidates(logits: FloatArray, top: float, params: SamplingParams) -> IntArray | None:
+def _surviving(logits: FloatArray, top: float, params: SamplingParams) -> IntArray | None:
     """Ids that survive top-k, top-p and min-p, best first; None where all do.
 
     Min-p compares with the best logit, so it commutes with top-p as long as top-p's total is taken
@@ -255,6 +244,38 @@ def _nucleus(logits: FloatArray, ids: IntArray | None, top: float, mass: float) 
         n *= 8
     reached = np.exp(logits[ids].astype(np.float64) - top).cumsum()
     return ids[: int(reached.searchsorted(mass)) + 1]
+
+
+def _n_surviving(row: Candidates, params: SamplingParams) -> int | None:
+    """How many of the candidates ``_surviving`` finds, which are the first; None: it takes all
+    logits to tell.
+
+    It computes what ``_surviving`` does from the same numbers, but for top-p without top-k: that
+    total is of all logits and known to _TOTAL_ERROR, and a choice as close as that is left open.
+    """
+    k = params.top_k if 0 < params.top_k < row.n_vocab else 0
+    if k > row.values.size or not (k or params.top_p < 1 or params.min_p > 0):
+        return None
+    top = float(row.values[0])
+    kept = row.values[:k] if k else row.values
+    is_whole = bool(k) or kept.size == row.n_vocab  # no others survive
+    total, error = row.total, _TOTAL_ERROR
+    if k and params.top_p < 1:
+        total = float(np.exp(kept - row.values[0]).sum(dtype=np.float64))
+        error = 0.0
+    if params.min_p > 0:
+        n_kept = int(np.count_nonzero(kept >= top + math.log(params.min_p)))
+        is_whole = is_whole or n_kept < kept.size
+        kept = kept[:n_kept]
+    if params.top_p >= 1:
+        return kept.size if is_whole else None
+    mass = params.top_p * total
+    reached = np.exp(kept.astype(np.float64) - top).cumsum()
+    high = int(reached.searchsorted(mass * (1 + error)))
+    low = int(reached.searchsorted(mass * (1 - error))) if error else high
+    if low != high or (high == kept.size and not is_whole):
+        return None
+    return min(high + 1, kept.size)
 
 
 def _best_ids(logits: FloatArray, k: int) -> IntArray:
@@ -314,44 +335,3 @@ def _describe_bad(logits: FloatArray) -> str:
     if float(logits.max()) == -math.inf:
         return f"all {logits.size} logits are -inf"
     return f"the logit of id {int(logits.argmax())} is +inf"
-
-
-def _check_float(name: str, value: object, low: float, high: float) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float, np.integer, np.floating))
-        or not (math.isfinite(value) and low <= value <= high)
-    ):
-        raise UsageError(f"{name} is {value!r}; expected {_range_text('a number', low, high)}")
-
-
-def _check_int(name: str, value: object, low: int, high: float = math.inf) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, np.integer))
-        or not low <= int(value) <= high
-    ):
-        raise UsageError(f"{name} is {value!r}; expected {_range_text('an integer', low, high)}")
-
-
-def _range_text(kind: str, low: float, high: float) -> str:
-    if low == -math.inf:
-        return f"{kind}, finite"
-    return f"{kind} of at least {low:g}" if high == math.inf else f"{kind} from {low} to {high}"
-
-
-def _checked_bias(bias: object) -> dict[int, float]:
-    if not isinstance(bias, Mapping):
-        raise UsageError(f"logit_bias is {bias!r}; expected a mapping of ids to numbers")
-    for token, value in bias.items():
-        _check_int("logit_bias: id", token, 0)
-        if value != -math.inf:
-            _check_float(f"logit_bias of id {token}", value, -math.inf, math.inf)
-    return {int(token): float(value) for token, value in bias.items()}
-
-
-def _checked_stop(stop: object) -> tuple[str, ...]:
-    texts = (stop,) if isinstance(stop, str) else stop
-    if not isinstance(texts, Sequence) or not all(isinstance(t, str) and t for t in texts):
-        raise UsageError(f"stop is {stop!r}; expected texts that are not empty")
-    return tuple(texts)

@@ -12,6 +12,7 @@ import numpy as np
 
 from mla_backend import _core
 from mla_backend.cache import CacheSequence, LatentCache
+from mla_backend.candidates import Enough, LogitsRow
 from mla_backend.errors import ContextError, SessionError, ShapeError, UsageError
 from mla_backend.runner import Logits, Piece, Runner
 from mla_backend.session_file import SavedSession, read_session, write_session
@@ -112,6 +113,23 @@ class Session:
             if on_progress is not None:
                 on_progress("prefill", begin + len(chunk), total)
         return np.concatenate(rows) if len(rows) > 1 else rows[0]
+
+    def step(
+        self, token: int, enough: Enough | None, *, cancel: _core.CancelToken | None = None
+    ) -> LogitsRow:
+        """Append a token -> what choosing the next one takes of the logits after it.
+
+        That is the candidates where they are enough, else all logits, float32 [vocab]: always
+        without ``enough``. Raises as ``feed`` does.
+        """
+        if enough is None:
+            logits: Logits = self.feed([token], cancel=cancel)[-1]
+            return logits
+        token = index(token)
+        self._check([token], 1)
+        (row,) = self._runner.run_for([Piece(self._sequence, [token])], [enough], cancel)
+        self.tokens.append(token)
+        return row
 
     def _check(self, ids: Sequence[int], outputs: int) -> None:
         if not 0 <= outputs <= len(ids) or not ids:

@@ -21,6 +21,8 @@ class StopScanner:
         """Add text; returns what is certain to come before any stop string."""
         if self.found is not None:
             return ""
+        if not self._stops:
+            return text
         self._held += text
         hits = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
         if hits:

@@ -1,4 +1,4 @@
-"""top_k against a full sort: layouts, ties, NaN, whole vocabularies, messages."""
+"""top_k against a full sort and a sum in float64: layouts, ties, NaN, vocabularies, messages."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from mla_backend import ops
 from mla_backend.errors import FormatError, ShapeError
 from mla_backend.ops import Where
 from reference.layouts import LAYOUTS, laid_out
-from reference.top_k import top_k
+from reference.top_k import exp_sums, top_k
+
+#: An exponential (2 ulp) and a sum of few parts; sums of float32 in float32 would lose more.
+TOTAL_ERROR = 5e-7
 
 
 def numbers(shape: tuple[int, ...], seed: int = 0) -> Any:
     return (3 * np.random.default_rng(seed).normal(size=shape)).astype(np.float32)
 
 
-def check(got: tuple[Any, Any], x: Any, k: int) -> None:
-    """Same ids; the values are those of x to the bit."""
-    ids, values = got
+def check(got: tuple[Any, Any, Any], x: Any, k: int) -> None:
+    """Same ids; the values are those of x to the bit; the totals are right to some ulp."""
+    ids, values, totals = got
     want = top_k(x, k)
     assert ids.dtype == np.int32
     assert values.dtype == np.float32
@@ -30,6 +33,9 @@ def check(got: tuple[Any, Any], x: Any, k: int) -> None:
     np.testing.assert_array_equal(
         np.ascontiguousarray(values).view(np.uint32), chosen.view(np.uint32)
     )
+    assert totals.dtype == np.float32
+    assert totals.shape == (len(x), 1)
+    np.testing.assert_allclose(totals[:, 0], exp_sums(x), rtol=TOTAL_ERROR)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -74,9 +80,22 @@ def test_nan_and_infinities(where: Where) -> None:
     check(ops.top_k(x, 3, **where), x, 3)
 
 
+def test_totals_of_rows_that_are_empty_in_part(where: Where) -> None:
+    """Whole runs of -inf weigh nothing, whatever the level of the rest; one NaN spoils a row."""
+    x = np.full((6, 9000), -np.inf, np.float32)
+    x[0, 8999] = -300
+    x[1, [3, 5000]] = 88, 87
+    x[2] = -1000
+    x[4, 4000:] = numbers((5000,))
+    x[5] = numbers((9000,))
+    x[5, 4097] = np.nan
+    check(ops.top_k(x, 2, **where), x, 2)
+
+
 def test_empty(where: Where) -> None:
-    ids, values = ops.top_k(np.zeros((0, 8), np.float32), 3, **where)
+    ids, values, totals = ops.top_k(np.zeros((0, 8), np.float32), 3, **where)
     assert ids.shape == values.shape == (0, 3)
+    assert totals.shape == (0, 1)
 
 
 @settings(max_examples=40, deadline=None)

@@ -74,6 +74,7 @@ struct RowTable {
   void (*sigmoid)(const float* x, int64_t n, float* out) noexcept;
   void (*encode_q8_0)(const float* x, int64_t n, std::byte* out) noexcept;  // cache rows
   void (*add_squares)(const float* x, int64_t n, double* sums) noexcept;    // sums[i] += x[i]^2
+  double (*exp_sum)(const float* x, float shift, int64_t n) noexcept;       // of e^(x[i] - shift)
 };
 
 // ---- attention ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// Shape rule of top_k. The result packs ids and values, so that one node yields both.
+// Shape rule of top_k. The result packs ids, values and totals, so that one node yields all.
 #include "base/error.h"
 #include "graph/ops.h"
 #include "graph/ops/checks.h"
@@ -11,14 +11,15 @@ Choice top_k(Graph& g, Node* logits, TopKAttrs a) {
   MLA_CHECK_SHAPE(a.k >= 1 && a.k <= std::min<int64_t>(logits->dim(1), kMaxTopK), "top_k: k is ",
                   a.k, ", accepted is 1 to ", std::min<int64_t>(logits->dim(1), kMaxTopK));
   Node* packed = g.add_node(
-      Op::top_k, Layout::contiguous(Format::I32, Shape{logits->dim(0), 2, a.k}), {logits}, a);
-  Layout half = packed->layout;
-  half.shape = Shape{logits->dim(0), a.k};
-  half.stride = {0, 0, packed->layout.stride[1], packed->layout.stride[3]};
-  Node* ids = g.add_view(packed, half, 0);
-  half.format = Format::F32;
-  Node* values = g.add_view(packed, half, packed->layout.stride[2]);
-  return {ids, values};
+      Op::top_k, Layout::contiguous(Format::I32, Shape{logits->dim(0), 2 * a.k + 1}), {logits}, a);
+  Layout part = packed->layout;
+  part.shape = Shape{logits->dim(0), a.k};
+  Node* ids = g.add_view(packed, part, 0);
+  part.format = Format::F32;
+  Node* values = g.add_view(packed, part, a.k * part.stride[3]);
+  part.shape = Shape{logits->dim(0), 1};
+  Node* totals = g.add_view(packed, part, 2 * a.k * part.stride[3]);
+  return {ids, values, totals};
 }
 
 }  // namespace mla

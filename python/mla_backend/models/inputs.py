@@ -33,12 +33,14 @@ class BatchShape:
         n_outputs: rows of logits.
         n_spans: rows of the span list, at most T sequences.
         contraction: which ones the spans ask for: "absorbed", "expanded", or "any".
+        n_candidates: how many of the best logits of a row are picked out; 0: none.
     """
 
     n_tokens: int
     n_outputs: int
     n_spans: int
     contraction: str = "any"
+    n_candidates: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@
 //   swiglu     up * gate / (1 + e^-gate)
 //   sigmoid    1 / (1 + e^-x)
 //   add_squares  sums[i] + x[i]^2, in double
+//   exp_sum    sum of e^(x - shift), the sum in double
 //   encode_q8_0  blocks of 32: a half scale max|x| / 127, then 32 signed bytes
 //
 // Error against float64: a few ulp of each result (rope: of the pair's length; softmax: times
@@ -224,6 +225,21 @@ void softmax(const float* x, const float* mask, float scale, int64_t n, float* o
   });
 }
 
+double exp_sum(const float* x, float shift, int64_t n) noexcept {
+  constexpr int64_t kPiece = 16 * kSumLanes;  // stays in the first-level cache
+  const F32 offset = set1(shift);
+  double total = 0;
+  float piece[kPiece];
+  for (int64_t first = 0; first < n; first += kPiece) {
+    const int64_t count = n - first < kPiece ? n - first : kPiece;
+    for_lanes(count, [&](int64_t i, auto lanes) {
+      store_some(piece + i, lanes, exp(load_some(x + first + i, lanes) - offset));
+    });
+    total += sum(piece, count);
+  }
+  return total;
+}
+
 // ---- rotary positions ---------------------------------------------------------------------------
 // cos and sin of an angle up to 2^31: k = round(angle / (pi/2)) has at most 31 bits, so its
 // products with the first two parts of pi/2 (22 bits each) are exact, and so are the differences.
@@ -271,7 +287,7 @@ void rope(const float* x, const float* cosine, const float* sine, int64_t n, flo
 }  // namespace
 
 extern const RowTable row_table;
-const RowTable row_table = {to_f32,  from_f32, add,         rms_norm,    rotation,   rope,
-                            softmax, swiglu,   sigmoid_row, encode_q8_0, add_squares};
+const RowTable row_table = {to_f32,  from_f32, add,         rms_norm,    rotation,    rope,
+                            softmax, swiglu,   sigmoid_row, encode_q8_0, add_squares, exp_sum};
 
 }  // namespace mla::cpu::MLA_ISA
