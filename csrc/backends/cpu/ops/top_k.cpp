@@ -11,13 +11,14 @@
 namespace mla::cpu {
 namespace {
 
-// Of one thread: the best so far, and the row as the kernels like it.
-size_t room_bytes(int64_t n, int64_t k) {
+// Of one thread: the best so far and, unless its numbers lie side by side, the row.
+size_t room_bytes(const Layout& logits, int64_t k) {
+  const int64_t n = logits.stride[3] == sizeof(float) ? 0 : logits.shape.extent[3];
   return static_cast<size_t>(k) * sizeof(uint64_t) + static_cast<size_t>(n + n % 2) * sizeof(float);
 }
 
 size_t scratch_bytes(const Node& node, const KernelTable&, int n_threads) {
-  return room_bytes(node.input(0)->dim(-1), node.attr<TopKAttrs>().k) *
+  return room_bytes(node.input(0)->layout, node.attr<TopKAttrs>().k) *
          static_cast<size_t>(n_threads);
 }
 
@@ -46,7 +47,7 @@ void run_top_k(const Step& step, const CpuRun& run) {
   const int64_t k = step.node->attr<TopKAttrs>().k;
   const int64_t n = logits.shape.extent[3];
   auto body = [&](int64_t begin, int64_t end, int thread) {
-    std::byte* room = run.scratch + static_cast<size_t>(thread) * room_bytes(n, k);
+    std::byte* room = run.scratch + static_cast<size_t>(thread) * room_bytes(logits, k);
     auto* best = reinterpret_cast<uint64_t*>(room);
     for (int64_t row = begin; row < end; ++row) {
       const float* x =
