@@ -63,7 +63,7 @@ InputData to_input(const std::string& name, const py::array& value) {
   return {name, format, to_shape(dims), value.data()};
 }
 
-void run(PyExecutor& self, const py::dict& inputs, const CancelToken* cancel) {
+void run(PyExecutor& self, const py::dict& inputs, const CancelToken* cancel, bool wait) {
   std::vector<std::string> names;
   std::vector<py::array> arrays;
   std::vector<InputData> data;
@@ -75,7 +75,7 @@ void run(PyExecutor& self, const py::dict& inputs, const CancelToken* cancel) {
   }
   const Checkpoint checkpoint = make_checkpoint(cancel);
   const py::gil_scoped_release unlocked;
-  self.executor->run(data, checkpoint);
+  wait ? self.executor->run(data, checkpoint) : self.executor->begin(data, checkpoint);
 }
 
 py::array output(PyExecutor& self, size_t i) {
@@ -138,6 +138,12 @@ py::dict report(const PyExecutor& self) {
       refusals.append(std::move(why));
     }
   }
+  const auto on_device = [&](int slot) {
+    return plan.slots[static_cast<size_t>(slot)].domain != kHost;
+  };
+  out["n_direct_copies"] = std::ranges::count_if(plan.steps, [&](const PlannedStep& step) {
+    return step.node == nullptr && on_device(step.from_slot) && on_device(step.to_slot);
+  });
   int64_t arena = 0;
   int64_t scratch = 0;
   for (int64_t bytes : plan.arena_bytes) arena += bytes;
@@ -221,16 +227,19 @@ void register_backends(py::module_& m) {
            }),
            arg("graph"), arg("workspace").none(false),
            "Raises UnsupportedError where no backend has a node.")
-      .def("run", &run, arg("inputs"), arg("cancel") = nullptr,
-           "inputs: float32 or int32 arrays by name, C-contiguous. Raises CancelledError, and "
-           "DeviceError where the workspace is in use.")
+      .def("run", &run, arg("inputs"), arg("cancel") = nullptr, arg("wait") = true,
+           "inputs: float32 or int32 arrays by name, C-contiguous. Without wait devices may still "
+           "be at work afterwards: what runs next in the workspace comes after it, what fails is "
+           "raised there, and there are no outputs. Raises CancelledError, and DeviceError where "
+           "the workspace is in use.")
       .def("output", &output, arg("index") = 0,
            "View of an output; its values stay until the next run in the workspace. What is due on "
            "demand is copied by the first call after a run. Raises DeviceError where values are "
            "gone.")
       .def(
           "report", &report,
-          "arena_bytes, unshared_bytes, scratch_bytes, n_copies, steps [(op or \"hop\", backend)], "
+          "arena_bytes, unshared_bytes, scratch_bytes, n_copies, n_direct_copies (from device to "
+          "device), steps [(op or \"hop\", backend)], "
           "refusals [why nodes are not where they were wanted].");
 }
 

@@ -32,11 +32,20 @@ struct Step {
   const Node* node = nullptr;
   Tensor out;
   std::array<Tensor, kMaxInputs> in;
+  int n_readers = -1;  // steps and outputs that need its result, wherever they run; -1: not known
 };
 
 // Called between steps, at least once per node, on the thread that called run. It throws
 // (CancelledError, or what the caller likes) to stop; nothing is left half-locked.
 using Checkpoint = std::function<void()>;
+
+// A point in the work that a backend has been given, which others may wait for.
+class Mark {
+ public:
+  virtual ~Mark() = default;
+  virtual void set() = 0;         // behind all that the backend has been given so far
+  virtual void wait() const = 0;  // on the host
+};
 
 // Steps made ready to run again and again, on the same memory.
 class Program {
@@ -61,7 +70,8 @@ class Backend {
   virtual size_t free_bytes() const { return 0; }  // of memory of its own
   // Host memory that copies to and from this backend are fastest with; empty: any.
   virtual Buffer alloc_host(size_t) { return {}; }
-  // Between this backend's memory and the host, or within it; same shape and format, any strides.
+  // Between this backend's memory and the host, within it, or from the memory of one that it
+  // reaches; same shape and format, any strides.
   virtual void copy(const Tensor& dst, const Tensor& src) = 0;
   // A copy of constant host memory, laid out as this backend's kernels like it. As it is unless
   // overridden.
@@ -77,6 +87,13 @@ class Backend {
   // The steps and the memory they name stay where they are as long as the program lives.
   virtual std::unique_ptr<Program> compile(std::span<const Step> steps, const Buffer& scratch);
   virtual void sync() = 0;
+
+  // ---- beside others ----
+  // Whether copy() takes the other's memory too, so that nothing goes by way of the host.
+  virtual bool reaches(const Backend&) const { return false; }
+  virtual std::unique_ptr<Mark> make_mark() { return nullptr; }  // null: others wait for sync()
+  // What is given to this backend from now on begins once the mark, of any backend, is reached.
+  virtual void follow(const Mark& mark) { mark.wait(); }
 };
 
 }  // namespace mla

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <exception>
 #include <optional>
+#include <set>
 
 #include "base/error.h"
 
@@ -28,6 +29,16 @@ Executor::Executor(std::shared_ptr<const Graph> graph, std::shared_ptr<Workspace
   const Workspace::Turn turn(*workspace_);
   copy_constants();
   bind();
+}
+
+Executor::~Executor() {
+  if (!left_busy_) return;
+  try {
+    for (const Segment& segment : segments_) {
+      workspace_->backends()[static_cast<size_t>(segment.backend)]->sync();
+    }
+  } catch (const std::exception&) {  // whoever uses the device next is told
+  }
 }
 
 void Executor::copy_constants() {
@@ -64,6 +75,7 @@ Tensor Executor::resolve(Node* node, Domain domain) const {
 }
 
 void Executor::bind() {
+  workspace_->order().settle();
   for (Domain d = 0; d < workspace_->n_domains(); ++d) {
     workspace_->reserve(d, static_cast<size_t>(plan_.arena_bytes[static_cast<size_t>(d)]));
   }
@@ -109,18 +121,65 @@ void Executor::note_checks(const PlannedStep& planned) {
   checks_.push_back({check, resolve(check.indices, kHost)});
 }
 
+std::vector<Use> Executor::uses_of(const PlannedStep& planned) const {
+  if (planned.node != nullptr) return {{workspace_->domain_of(planned.backend), true}};
+  return {{plan_.slots[static_cast<size_t>(planned.from_slot)].domain, false},
+          {plan_.slots[static_cast<size_t>(planned.to_slot)].domain, true}};
+}
+
+void Executor::append(const PlannedStep& planned) {
+  const std::vector<Use> uses = uses_of(planned);
+  const bool only_copies =
+      workspace_->n_domains() > 2 && planned.node == nullptr && uses.back().domain != kHost;
+  if (segments_.empty() || segments_.back().backend != planned.backend ||
+      segments_.back().only_copies != only_copies) {
+    segments_.push_back({planned.backend, only_copies, steps_.size(), steps_.size(), {}, nullptr});
+  }
+  Segment& segment = segments_.back();
+  for (const Use& use : uses) {
+    const auto same = [&](const Use& known) { return known.domain == use.domain; };
+    const auto known = std::ranges::find_if(segment.uses, same);
+    if (known == segment.uses.end()) {
+      segment.uses.push_back(use);
+    } else {
+      known->writes = known->writes || use.writes;
+    }
+  }
+  steps_.push_back(resolve(planned));
+  segment.end = steps_.size();
+}
+
+// Of each step's result: steps that read it, copies included, and outputs.
+void Executor::count_readers() {
+  std::vector<int> n_readers(graph_->nodes().size(), 0);
+  const auto count = [&](const Node* root) { ++n_readers[static_cast<size_t>(root->id)]; };
+  for (const PlannedStep& planned : plan_.steps) {
+    if (planned.node == nullptr) {
+      count(plan_.slots[static_cast<size_t>(planned.from_slot)].root);
+      continue;
+    }
+    std::set<const Node*> roots;
+    for (Node* in : planned.node->inputs) {
+      if (in != nullptr) roots.insert(root_of(in).node);
+    }
+    std::ranges::for_each(roots, count);
+  }
+  for (const auto& output : outputs_) count(root_of(output.node).node);
+  for (Step& step : steps_) {
+    if (step.node == nullptr) continue;
+    step.n_readers = n_readers[static_cast<size_t>(step.node->id)];
+  }
+}
+
 void Executor::compile() {
   segments_.clear();
   checks_.clear();
   steps_.clear();
   for (const PlannedStep& planned : plan_.steps) {
-    if (segments_.empty() || segments_.back().backend != planned.backend) {
-      segments_.push_back({planned.backend, steps_.size(), steps_.size(), nullptr});
-    }
-    steps_.push_back(resolve(planned));
+    append(planned);
     note_checks(planned);
-    segments_.back().end = steps_.size();
   }
+  count_readers();
   for (Segment& segment : segments_) {  // programs point into steps_, which stays as it is now
     Backend& backend = *workspace_->backends()[static_cast<size_t>(segment.backend)];
     segment.program =
@@ -160,31 +219,46 @@ void Executor::fill(std::span<const InputData> inputs) {
   }
 }
 
+// All but leaving the last segment, which nobody may need.
+void Executor::enqueue(std::span<const InputData> inputs, const Checkpoint& checkpoint) {
+  Order& order = workspace_->order();
+  order.wait(kHost);
+  fill(inputs);
+  for (const HostCheck& host : checks_) check_indices(host.check, host.indices);
+  const Segment* before = nullptr;
+  try {
+    for (const Segment& segment : segments_) {
+      if (before != nullptr) order.leave(before->backend, before->uses);
+      before = &segment;
+      order.enter(segment.backend, segment.uses);
+      segment.program->run(checkpoint);
+    }
+  } catch (const std::exception&) {
+    order.settle();
+    throw;
+  }
+}
+
 void Executor::run(std::span<const InputData> inputs, const Checkpoint& checkpoint) {
   const Workspace::Turn turn(*workspace_);
   if (bound_generation_ != workspace_->generation()) bind();
   const uint64_t values = workspace_->next_values();
-  fill(inputs);
-  for (const HostCheck& host : checks_) check_indices(host.check, host.indices);
-  const auto& backends = workspace_->backends();
-  const Segment* before = nullptr;
-  // What one backend has begun must be done before another reads it, or reuses its memory.
-  const auto settle = [&] {
-    if (before != nullptr) backends[static_cast<size_t>(before->backend)]->sync();
-  };
-  try {
-    for (const Segment& segment : segments_) {
-      settle();
-      before = &segment;
-      segment.program->run(checkpoint);
-    }
-  } catch (const std::exception&) {
-    settle();
-    throw;
-  }
-  settle();
+  enqueue(inputs, checkpoint);
+  workspace_->order().settle();
+  left_busy_ = false;
   fetched_.assign(outputs_.size(), 0);
   values_ = values;  // what an exception stops leaves none
+}
+
+void Executor::begin(std::span<const InputData> inputs, const Checkpoint& checkpoint) {
+  const Workspace::Turn turn(*workspace_);
+  if (bound_generation_ != workspace_->generation()) bind();
+  (void)workspace_->next_values();
+  left_busy_ = true;
+  enqueue(inputs, checkpoint);
+  if (segments_.empty()) return;
+  const Segment& last = segments_.back();
+  workspace_->order().leave(last.backend, last.uses);
 }
 
 void Executor::fetch(size_t output) {

@@ -24,9 +24,17 @@ class Executor {
   // use. What is added to the graph later is not seen.
   Executor(std::shared_ptr<const Graph> graph, std::shared_ptr<Workspace> workspace);
 
+  ~Executor();
+  Executor(const Executor&) = delete;
+  Executor& operator=(const Executor&) = delete;
+
   // Every input of the graph must be given. Allocates nothing unless another executor of the
   // workspace made it grow in between. Throws DeviceError where the workspace is in use.
   void run(std::span<const InputData> inputs, const Checkpoint& checkpoint);
+
+  // Like run, but devices may still be at work when it returns: what runs next in the workspace
+  // comes after it, and what fails is thrown there. There are no outputs.
+  void begin(std::span<const InputData> inputs, const Checkpoint& checkpoint);
 
   // In host memory; the values stay until another run in the workspace or an executor that makes it
   // grow. Throws DeviceError where they are gone, or there were none yet.
@@ -36,19 +44,27 @@ class Executor {
   const Workspace& workspace() const { return *workspace_; }
 
  private:
-  struct Segment {  // consecutive steps on one backend, copies to and from it included
+  // Consecutive steps on one backend. Beside a second device copies to a device are apart, so that
+  // whoever waits for what they read does not wait for what comes after them.
+  struct Segment {
     int backend;
+    bool only_copies;
     size_t begin, end;  // into steps_
+    std::vector<Use> uses;
     std::unique_ptr<Program> program;
   };
   void bind();
   Tensor resolve(Node* node, Domain domain) const;
   Step resolve(const PlannedStep& planned) const;
   void compile();
+  void append(const PlannedStep& planned);
+  std::vector<Use> uses_of(const PlannedStep& planned) const;
   void note_checks(const PlannedStep& planned);
+  void count_readers();
   void copy_constants();
-  void fetch(size_t output);
   void fill(std::span<const InputData> inputs);
+  void fetch(size_t output);
+  void enqueue(std::span<const InputData> inputs, const Checkpoint& checkpoint);
 
   std::shared_ptr<const Graph> graph_;
   std::shared_ptr<Workspace> workspace_;
@@ -67,7 +83,8 @@ class Executor {
   // Of each device: its copies of weights, by the weight.
   std::vector<std::unordered_map<const Node*, Buffer>> constants_;
   uint64_t bound_generation_ = ~uint64_t{0};
-  uint64_t values_ = 0;  // those of the last run
+  uint64_t values_ = 0;     // those of the last run
+  bool left_busy_ = false;  // the last run may still be going on
 };
 
 }  // namespace mla

@@ -39,6 +39,9 @@ class Planner {
         choose_backend(*node);
       }
     }
+    for (Domain domain = kHost + 1; domain < workspace_.n_domains(); ++domain) {
+      carry_inputs(domain);
+    }
     for (const auto& node : graph_.nodes()) {
       if (computes(*node)) plan_node(node.get());
     }
@@ -116,10 +119,9 @@ class Planner {
 
   // The slot of `root` in `domain`, copied there first if it is elsewhere only.
   int use(Node* root, Domain domain, int until) {
-    if (root->op == Op::input && find(root, domain) < 0) carry_inputs(domain);
     int slot = find(root, domain);
     if (slot < 0) {
-      const int source = domain == kHost ? by_root_[root].front() : use(root, kHost, kNow);
+      const int source = source_for(root, domain);
       const Domain from = plan_.slots[static_cast<size_t>(source)].domain;
       const int step = static_cast<int>(plan_.steps.size());
       slot = add_slot(root, domain, step);
@@ -136,30 +138,43 @@ class Planner {
     return slot;
   }
 
-  // All inputs that will be wanted in `domain`, once the first one is. They are small, and born
-  // before the run: so they lie in both memories in the order in which they were declared, and
-  // those without a gap between them on the host go as one.
+  // Where a copy into `domain` comes from: the host, unless the value lies in a memory within reach.
+  int source_for(Node* root, Domain domain) {
+    const auto& slots = by_root_[root];
+    if (domain == kHost) return slots.front();
+    for (const int slot : slots) {
+      const Domain from = plan_.slots[static_cast<size_t>(slot)].domain;
+      const bool direct = root->op != Op::input && from != kHost &&
+                          workspace_.owner(domain).reaches(workspace_.owner(from));
+      if (direct) return slot;
+    }
+    return use(root, kHost, kNow);
+  }
+
+  // All inputs that will be wanted in `domain`, before anything else, so that the host can fill in
+  // the next ones soon. They are small, and born before the run: so they lie in both memories in
+  // the order in which they were declared, and those without a gap between them on the host go as
+  // one.
   void carry_inputs(Domain domain) {
-    const int step = static_cast<int>(plan_.steps.size());
-    const Slot* before = nullptr;  // on the host
+    const Node* before = nullptr;
     for (const int id : inputs_of_[static_cast<size_t>(domain)]) {
       Node* root = graph_.nodes()[static_cast<size_t>(id)].get();
       const int to = add_slot(root, domain, -1);
       const int from = by_root_[root].front();
-      Slot& source = plan_.slots[static_cast<size_t>(from)];
-      source.last = std::max(source.last, step);
-      if (before == nullptr || !follows(*before, source)) {
+      if (before == nullptr || !follows(*before, *root)) {
         plan_.steps.push_back({device_between(kHost, domain), nullptr, from, to});
         ++plan_.n_copies;
       }
+      Slot& source = plan_.slots[static_cast<size_t>(from)];
+      source.last = std::max(source.last, static_cast<int>(plan_.steps.size()) - 1);
       plan_.steps.back().bytes += source.bytes;
-      before = &plan_.slots[static_cast<size_t>(from)];
+      before = root;
     }
   }
 
   // Whether no input was declared between the two.
-  bool follows(const Slot& before, const Slot& next) const {
-    for (int id = before.root->id + 1; id < next.root->id; ++id) {
+  bool follows(const Node& before, const Node& next) const {
+    for (int id = before.id + 1; id < next.id; ++id) {
       if (graph_.nodes()[static_cast<size_t>(id)]->op == Op::input) return false;
     }
     return true;
@@ -202,8 +217,9 @@ class Planner {
     return -1;
   }
 
-  int device_between(Domain a, Domain b) const {
-    const Domain device = a == kHost ? b : a;
+  // Who copies: the device that the value comes to, or else the one that it comes from.
+  int device_between(Domain from, Domain to) const {
+    const Domain device = to == kHost ? from : to;
     const auto& backends = workspace_.backends();
     for (size_t i = 0; i < backends.size(); ++i) {
       if (workspace_.domain_of(static_cast<int>(i)) == device) return static_cast<int>(i);

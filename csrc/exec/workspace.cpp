@@ -7,7 +7,10 @@
 namespace mla {
 
 Workspace::Workspace(std::vector<std::shared_ptr<Backend>> backends)
-    : backends_(std::move(backends)), owner_{-1}, scratch_(backends_.size()) {
+    : backends_(std::move(backends)),
+      owner_{-1},
+      order_(backends_, static_cast<int>(backends_.size()) + 1),
+      scratch_(backends_.size()) {
   for (size_t i = 0; i < backends_.size(); ++i) {
     MLA_CHECK(UnsupportedError, backends_[i] != nullptr, "workspace: backend ", i, " is none");
     if (backends_[i]->shares_host_memory()) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "exec/backend.h"
+#include "exec/order.h"
 
 namespace mla {
 
@@ -51,6 +52,8 @@ class Workspace {
   const Buffer& arena(Domain domain) const { return arena_[static_cast<size_t>(domain)]; }
   const Buffer& scratch(int backend) const { return scratch_[static_cast<size_t>(backend)]; }
   uint64_t generation() const { return generation_; }
+  // Of the executors' work, which may go on after the turn that began it.
+  Order& order() { return order_; }
 
   // Whose values the arenas hold: a new number for each run and each new arena.
   uint64_t next_values() { return ++values_; }
@@ -68,6 +71,7 @@ class Workspace {
   std::vector<std::shared_ptr<Backend>> backends_;
   std::vector<Domain> domain_;  // by backend
   std::vector<int> owner_;      // by domain
+  Order order_;
   std::vector<Buffer> arena_;
   std::vector<Buffer> scratch_;
   using Extents = std::array<int64_t, kMaxRank>;

@@ -218,11 +218,11 @@ class Executor:
         """
     def report(self) -> dict[str, typing.Any]:
         """
-        arena_bytes, unshared_bytes, scratch_bytes, n_copies, steps [(op or "hop", backend)], refusals [why nodes are not where they were wanted].
+        arena_bytes, unshared_bytes, scratch_bytes, n_copies, n_direct_copies (from device to device), steps [(op or "hop", backend)], refusals [why nodes are not where they were wanted].
         """
-    def run(self, inputs: dict[str, typing.Any], cancel: CancelToken | None = None) -> None:
+    def run(self, inputs: dict[str, typing.Any], cancel: CancelToken | None = None, wait: bool = True) -> None:
         """
-        inputs: float32 or int32 arrays by name, C-contiguous. Raises CancelledError, and DeviceError where the workspace is in use.
+        inputs: float32 or int32 arrays by name, C-contiguous. Without wait devices may still be at work afterwards: what runs next in the workspace comes after it, what fails is raised there, and there are no outputs. Raises CancelledError, and DeviceError where the workspace is in use.
         """
 class DeviceMemory:
     """

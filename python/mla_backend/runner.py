@@ -127,7 +127,8 @@ class Runner:
         try:
             inputs = self._inputs(pieces, shape)
             executor = self._executor(shape)
-            executor.run(inputs, cancel)
+            # Chunks without logits are not waited for: several devices work on several.
+            executor.run(inputs, cancel, wait=shape.n_outputs > 0)
             self._engine.weights.check()
         except BaseException:
             for piece in pieces:

@@ -49,6 +49,11 @@ def is_emulated() -> bool:
     return EMULATED in sys.modules
 
 
+def cuda_module() -> Any:
+    """The module under test, which is there where ``cuda_problem`` is empty."""
+    return devices.cuda_module()
+
+
 def cuda_backend() -> Any:
     """A backend of its own; skips the test where there is no device."""
     if problem := cuda_problem():

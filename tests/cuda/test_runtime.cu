@@ -87,7 +87,7 @@ void test_order(Test& t) {
 
 void test_memory(Test& t) {
   const DeviceMemory before = device_memory();
-  t.expect_error<MemoryLimitError>("more memory than there is", "out of device memory",
+  t.expect_error<MemoryLimitError>("more memory than there is", "is out of memory",
                                    [&] { (void)alloc_device(before.total_bytes * 2); });
   std::vector<int> x(6 * 8);
   for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<int>(i);

@@ -6,13 +6,12 @@
 #include "backends/cuda/ops/ops.h"
 #include "backends/cuda/pack.h"
 #include "backends/cuda/packed.h"
+#include "backends/cuda/problems.h"
 #include "backends/cuda/program.h"
 #include "base/error.h"
 
 namespace mla::cuda {
 namespace {
-
-constexpr int kOldest = 75;  // tensor cores that multiply f16, with ldmatrix
 
 struct OpRow {
   Op op;
@@ -35,6 +34,22 @@ constexpr auto kOps = std::to_array<OpRow>({
     {Op::mla_attention, &mla_attention_op},
 });
 
+class StreamMark final : public Mark {
+ public:
+  StreamMark(int device, Stream stream) : device_(device), stream_(stream) {}
+  void set() override {
+    use_device(device_);
+    event_.record(stream_);
+  }
+  void wait() const override { event_.sync(); }
+  const Event& event() const { return event_; }
+
+ private:
+  int device_;
+  Stream stream_;
+  Event event_{false};
+};
+
 const CudaOp* find(Op op) {
   for (const OpRow& row : kOps) {
     if (row.op == op) return row.impl;
@@ -45,13 +60,8 @@ const CudaOp* find(Op op) {
 }  // namespace
 
 CudaBackend::CudaBackend(int index, bool record) : name_(concat("cuda:", index)), record_(record) {
-  MLA_CHECK(DeviceError, index >= 0 && index < device_count(), name_, ": there are ",
-            device_count(), " usable devices", device_problem().empty() ? "" : ": ",
-            device_problem());
   device_ = device_info(index);
-  MLA_CHECK(DeviceError, device_.capability() >= kOldest, name_, " (", device_.name,
-            "): compute capability ", device_.major, ".", device_.minor,
-            ", accepted is 7.5 or later");
+  check_capability(device_);
   use_device(index);
   stream_ = create_stream();
   staging_ = std::make_unique<Staging>(stream_);
@@ -175,12 +185,33 @@ void CudaBackend::run(std::span<const Step> steps, const Buffer& scratch,
 }
 
 std::unique_ptr<Program> CudaBackend::compile(std::span<const Step> steps, const Buffer& scratch) {
+  const bool only_copies =
+      std::ranges::all_of(steps, [](const Step& step) { return step.node == nullptr; });
+  if (only_copies) return Backend::compile(steps, scratch);  // a graph costs more than they do
   return std::make_unique<CudaProgram>(*this, steps, scratch);
 }
 
 void CudaBackend::sync() {
   use_device(device_.index);
   sync_stream(stream_);
+}
+
+bool CudaBackend::reaches(const Backend& other) const {
+  const auto* peer = dynamic_cast<const CudaBackend*>(&other);
+  return peer != nullptr &&
+         (peer->device_.index == device_.index || enable_peer(device_.index, peer->device_.index));
+}
+
+std::unique_ptr<Mark> CudaBackend::make_mark() {
+  use_device(device_.index);
+  return std::make_unique<StreamMark>(device_.index, stream_);
+}
+
+void CudaBackend::follow(const Mark& mark) {
+  const auto* point = dynamic_cast<const StreamMark*>(&mark);
+  if (point == nullptr) return mark.wait();
+  use_device(device_.index);
+  point->event().wait_in(stream_);
 }
 
 }  // namespace mla::cuda

@@ -35,6 +35,9 @@ class CudaBackend final : public Backend {
            const Checkpoint& checkpoint) override;
   std::unique_ptr<Program> compile(std::span<const Step> steps, const Buffer& scratch) override;
   void sync() override;
+  bool reaches(const Backend& other) const override;
+  std::unique_ptr<Mark> make_mark() override;
+  void follow(const Mark& mark) override;
 
   bool records() const { return record_; }
   Stream stream() const { return stream_; }

@@ -1,5 +1,8 @@
 #include "backends/cuda/runtime.h"
 
+#include <cstdlib>
+
+#include "backends/cuda/problems.h"
 #include "base/error.h"
 
 namespace mla::cuda {
@@ -10,14 +13,52 @@ constexpr size_t kUnaskedSmemBytes = 48 * 1024;
 // Kernels start before the ones before them have ended from this capability on.
 constexpr int kDependentLaunchMajor = 9;
 
+// After these, every further call for the device fails in the same way.
+bool loses_the_device(cudaError_t error) {
+  switch (error) {
+    case cudaErrorIllegalAddress:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorLaunchFailure:
+    case cudaErrorAssert:
+    case cudaErrorHardwareStackError:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorECCUncorrectable:
+    case cudaErrorNvlinkUncorrectable:
+    case cudaErrorMpsClientTerminated:
+    case cudaErrorContextIsDestroyed:
+#if CUDART_VERSION >= 13000
+    case cudaErrorContained:
+    case cudaErrorTensorMemoryLeak:
+    case cudaErrorExternalDevice:
+#endif
+      return true;
+    default:
+      return false;
+  }
+}
+
+std::string text_of(cudaError_t error) {
+  return concat(cudaGetErrorString(error), ", ", cudaGetErrorName(error));
+}
+
+int device_in_use() {
+  int index = 0;
+  (void)cudaGetDevice(&index);
+  return index;
+}
+
 // Reads the pending error away, so that the next call does not report this one.
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   (void)cudaGetLastError();
-  MLA_CHECK(MemoryLimitError, error != cudaErrorMemoryAllocation, "CUDA: ", what,
-            ": out of device memory");
-  throw DeviceError(
-      concat("CUDA: ", what, ": ", cudaGetErrorString(error), " (", cudaGetErrorName(error), ")"));
+  const int index = device_in_use();
+  if (loses_the_device(error)) throw_lost(index, text_of(error));
+  if (error == cudaErrorMemoryAllocation) throw_out_of_memory(index, what);
+  if (error == cudaErrorNoKernelImageForDevice) throw_no_code(device_info(index));
+  throw DeviceError(concat("cuda:", index, ": ", what, ": ", text_of(error)));
 }
 
 // What cannot be reported from where it happens: destructors, and ends of what already failed.
@@ -35,8 +76,6 @@ cudaError_t count_devices(int* count) {
   }
   return error;
 }
-
-std::string version_name(int version) { return concat(version / 1000, ".", version % 1000 / 10); }
 
 int attribute(cudaDeviceAttr which, int index) {
   int value = 0;
@@ -59,12 +98,14 @@ std::string device_problem() {
   const cudaError_t error = count_devices(&count);
   if (count > 0) return "";
   const int driver = driver_version();
-  if (driver == 0) return "no NVIDIA driver is installed";
-  if (error == cudaErrorInsufficientDriver) {
-    return concat("the NVIDIA driver serves CUDA ", version_name(driver), ", and this build needs ",
-                  version_name(runtime_version()), ": update the driver");
-  }
-  return error == cudaSuccess ? "there is no CUDA device" : cudaGetErrorString(error);
+  const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
+  const auto absent = [&](Absence absence) {
+    return absence_text(absence, driver, runtime_version(), visible);
+  };
+  if (driver == 0) return absent(Absence::no_driver);
+  if (error == cudaErrorInsufficientDriver) return absent(Absence::old_driver);
+  if (error == cudaSuccess || error == cudaErrorNoDevice) return absent(Absence::hidden);
+  return concat("CUDA does not start: ", text_of(error));
 }
 
 int driver_version() {
@@ -80,12 +121,8 @@ int runtime_version() {
 }
 
 DeviceInfo device_info(int index) {
-  MLA_CHECK(
-      DeviceError,
-      index >= 0 &&
-              index<device_count(), "CUDA device ", index, " does not exist: ", device_count()> 0
-          ? concat("there are ", device_count())
-          : device_problem());
+  const int count = device_count();
+  if (index < 0 || index >= count) throw_no_such_device(index, count, device_problem());
   cudaDeviceProp properties{};
   check(cudaGetDeviceProperties(&properties, index), "reading the device's properties");
   DeviceInfo info;
@@ -130,9 +167,7 @@ std::byte* alloc_device(size_t bytes) {
   const cudaError_t error = cudaMalloc(&data, bytes == 0 ? 1 : bytes);
   if (error == cudaErrorMemoryAllocation) {
     (void)cudaGetLastError();
-    const DeviceMemory memory = device_memory();
-    throw MemoryLimitError(concat("CUDA: out of device memory: ", bytes, " bytes asked for, ",
-                                  memory.free_bytes, " of ", memory.total_bytes, " free"));
+    throw_out_of_memory(device_in_use(), bytes, device_memory());
   }
   check(error, "allocating device memory");
   return static_cast<std::byte*>(data);
@@ -149,7 +184,7 @@ std::shared_ptr<std::byte> pinned_buffer(size_t bytes) {
   const cudaError_t error = cudaHostAlloc(&data, bytes == 0 ? 1 : bytes, cudaHostAllocPortable);
   if (error == cudaErrorMemoryAllocation) {
     (void)cudaGetLastError();
-    throw MemoryLimitError(concat("CUDA: cannot pin ", bytes, " bytes of host memory"));
+    throw_out_of_pinned_memory(bytes);
   }
   check(error, "pinning host memory");
   return {static_cast<std::byte*>(data), [](std::byte* pinned) { ignore(cudaFreeHost(pinned)); }};
@@ -185,9 +220,10 @@ void destroy_stream(Stream stream) noexcept { ignore(cudaStreamDestroy(stream));
 void sync_stream(Stream stream) { check(cudaStreamSynchronize(stream), "waiting for a stream"); }
 void sync_device() { check(cudaDeviceSynchronize(), "waiting for the device"); }
 
-Event::Event() {
+Event::Event(bool timed) {
   cudaEvent_t created = nullptr;
-  check(cudaEventCreate(&created), "creating an event");
+  check(cudaEventCreateWithFlags(&created, timed ? cudaEventDefault : cudaEventDisableTiming),
+        "creating an event");
   handle_ = created;
 }
 

@@ -81,7 +81,7 @@ void sync_device();
 
 class Event {
  public:
-  Event();
+  explicit Event(bool timed = true);  // since_ms needs it; orders are cheaper to keep without
   ~Event();
   Event(Event&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
   Event& operator=(Event&& other) noexcept {

@@ -11,6 +11,7 @@
 
 #include "base/error.h"
 #include "emulator/copies.h"
+#include "emulator/devices.h"
 #include "emulator/device.h"
 #include "emulator/faults.h"
 #include "emulator/fiber.h"
@@ -315,6 +316,7 @@ void run(const Launch& launch) {
   const std::lock_guard lock(one_at_a_time);
   static Stacks stacks;
   KernelSymbols symbols = find_symbols(launch.kernel);
+  note_launch(symbols.name);
   check_limits(launch, symbols);
   block = &prepare(launch, std::move(symbols));
   const FaultReport report(block->symbols.name.c_str());
