@@ -7,9 +7,11 @@ build=${1:-$(mktemp -d)}
 mkdir -p "$build"
 cap=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
 if [ "$cap" = 90 ]; then cap=90a; fi
-flags=(-std=c++20 -O3 --expt-relaxed-constexpr "-gencode=arch=compute_$cap,code=sm_$cap" -Icsrc)
+# Functions that the bench does not reach are dropped, with what they would need.
+flags=(-std=c++20 -O3 -Xcompiler -ffunction-sections --expt-relaxed-constexpr
+  "-gencode=arch=compute_$cap,code=sm_$cap" -Icsrc)
 sources=(bench/cuda/attention_bench.cu csrc/backends/cuda/attention_{absorbed,products}.cu
-  csrc/backends/cuda/runtime.cpp csrc/quant/format.cpp csrc/graph/{graph,tensor}.cpp)
+  csrc/backends/cuda/{runtime,problems}.cpp csrc/quant/format.cpp csrc/graph/{graph,tensor}.cpp)
 jobs=()
 objects=()
 for file in "${sources[@]}"; do
@@ -19,5 +21,5 @@ for file in "${sources[@]}"; do
   objects+=("$object")
 done
 for job in "${jobs[@]}"; do wait "$job"; done
-nvcc "${flags[@]}" "${objects[@]}" -o "$build/attention_bench"
+nvcc "${flags[@]}" -Xlinker --gc-sections "${objects[@]}" -o "$build/attention_bench"
 timeout 300 "$build/attention_bench" "${@:2}"

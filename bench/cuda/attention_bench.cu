@@ -1,7 +1,9 @@
 // Absorbed attention alone, kernel by kernel, on the shapes of 16 and 128 heads over a latent cache
 // of 512 + 64 numbers: first compared with float64 at some rows, then timed in a recorded graph.
 //
-//   attention_bench          real shapes
+//   attention_bench          real shapes, then chains of 27 layers with weights and caches of their
+//                            own, one token: what a decoded token sees
+//   attention_bench chain    the chains alone
 //   attention_bench check    small shapes, no times: also on the emulated device
 //
 // TB/s counts each cell of the cache once, TFLOP/s 2 (576 + 512) per row and cell that it sees.
@@ -27,6 +29,7 @@ constexpr int kLatent = 512, kRope = 64, kNope = 128, kValue = 128;
 constexpr int kThreads = 256;
 constexpr int kRepeats = 20;  // of a kernel in a recorded graph
 constexpr int kSamples = 16;  // rows compared
+constexpr int kLayers = 27;   // of a chain
 
 struct Case {
   int heads, batch, cells;
@@ -222,6 +225,8 @@ struct Problem {
     a.n_sequences = c.batch;
     a.n_blocks = n_blocks;
     a.block_cells = kBlockCells;
+    a.spans_given = true;
+    a.q_fours = true;
     a.out = out.get();
     return a;
   }
@@ -260,10 +265,10 @@ double error_of(const Case& c, const Problem& p, const AttentionArgs& a, const C
   return error / power;
 }
 
-// Microseconds of one call among kRepeats in a recorded graph, the best of several replays.
-double time_us(const CudaRun& run, const std::function<void()>& call) {
+// Microseconds of one call among n in a recorded graph, the best of several replays.
+double time_us(const CudaRun& run, int n, const std::function<void(int)>& call) {
   begin_recording(run.stream);
-  for (int i = 0; i < kRepeats; ++i) call();
+  for (int i = 0; i < n; ++i) call(i);
   const RecordedGraph graph = end_recording(run.stream);
   Event start, end;
   double best = 1e30;
@@ -272,7 +277,7 @@ double time_us(const CudaRun& run, const std::function<void()>& call) {
     graph.launch(run.stream);
     end.record(run.stream);
     end.sync();
-    best = std::min(best, end.since_ms(start) * 1e3 / kRepeats);
+    best = std::min(best, end.since_ms(start) * 1e3 / n);
   }
   return best;
 }
@@ -300,15 +305,53 @@ bool run_case(const Case& c, const DeviceInfo& device, bool timed) {
   if (timed) {
     const double flop = 2.0 * (2 * kLatent + kRope) * c.heads * problem.n_tokens * c.cells;
     const double bytes = double(c.batch) * c.cells * double(cell_bytes(c));
-    const double q = time_us(run, queries), t = time_us(run, attend), v = time_us(run, values);
+    const auto time = [&](const auto& call) {
+      return time_us(run, kRepeats, [&](int) { call(); });
+    };
+    const double q = time(queries), t = time(attend), v = time(values);
     std::printf(
         "  queries %6.2f us  attend %8.2f us %5.2f TB/s %5.0f TFLOP/s  values %6.2f us  "
         "all %8.2f us",
-        q, t, bytes / t * 1e-6, flop / t * 1e-6, v, time_us(run, all));
+        q, t, bytes / t * 1e-6, flop / t * 1e-6, v, time(all));
   }
   std::printf("\n");
   destroy_stream(stream);
   return good;
+}
+
+// Per layer, where the layers follow one another: in place of what lies between them in a model
+// stands nothing.
+void run_chain(const Case& c, const DeviceInfo& device) {
+  const Stream stream = create_stream();
+  CudaRun run{device, stream, nullptr};
+  std::vector<Problem> layers;
+  for (int i = 0; i < kLayers; ++i) layers.emplace_back(c, run);
+  const AttentionArgs first = layers[0].args(c);
+  size_t scratch_bytes = 0;
+  absorbed_plan(first, device, nullptr, &scratch_bytes);
+  const Memory<std::byte> scratch(static_cast<int64_t>(scratch_bytes));
+  run.scratch = scratch.get();
+  const AbsorbedPlan plan = absorbed_plan(first, device, run.scratch);
+  const auto time = [&](bool queries, bool attend, bool values) {
+    return time_us(run, kLayers, [&](int i) {
+      const AttentionArgs a = layers[static_cast<size_t>(i)].args(c);
+      if (queries) launch_queries(a, plan, run);
+      if (attend) launch_attend(a, plan, run);
+      if (values) launch_values(a, plan, run);
+    });
+  };
+  const double all = time(true, true, true);
+  std::printf(
+      "chain %3d heads  %6d cells  %-4s  all %6.2f us  queries %5.2f  attend %6.2f  values %5.2f\n",
+      c.heads, c.cells, std::string(format_name(c.latent)).c_str(), all, time(true, false, false),
+      time(false, true, false), time(false, false, true));
+  destroy_stream(stream);
+}
+
+void run_chains(const DeviceInfo& device) {
+  for (int cells : {64, 512, 1024, 4096, 16384}) run_chain({16, 1, cells}, device);
+  run_chain({16, 1, 4096, Format::Q8_0}, device);
+  run_chain({128, 1, 1024}, device);
 }
 
 std::vector<Case> cases(bool timed) {
@@ -334,11 +377,15 @@ std::vector<Case> cases(bool timed) {
 
 int main(int argc, char** argv) {
   using namespace mla::cuda;
-  const bool timed = argc < 2 || std::string(argv[1]) != "check";
+  const std::string what = argc < 2 ? "" : argv[1];
+  const bool timed = what != "check";
   use_device(0);
   const DeviceInfo device = device_info(0);
   std::printf("%s, %d SMs\n", device.name.c_str(), device.n_sm);
   bool good = true;
-  for (const Case& c : cases(timed)) good = run_case(c, device, timed) && good;
+  if (what != "chain") {
+    for (const Case& c : cases(timed)) good = run_case(c, device, timed) && good;
+  }
+  if (timed) run_chains(device);
   return good ? 0 : 1;
 }

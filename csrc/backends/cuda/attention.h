@@ -24,6 +24,10 @@ struct AttentionArgs {
   int t, h, n, r, c, v;
   float scale;
   bool k_b_transposed;
+  // Spans and block table come from outside the graph: kernels may read them before pdl_wait(), as
+  // whatever copies them in has ended before any kernel behind it starts.
+  bool spans_given;
+  bool q_fours;         // whole groups of q_nope, in 16-byte pieces
   View q_nope, q_rope;  // [T, H, N], [T, H, R] in dims 1, 2, 3
   CachePlane latent, rope;
   int64_t n_cells;  // of the cache

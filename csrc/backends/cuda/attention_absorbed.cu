@@ -3,7 +3,8 @@
 
 #include <algorithm>
 
-#include "backends/cuda/kernels/attention_absorbed.cuh"
+#include "backends/cuda/kernels/attention_narrow.cuh"
+#include "backends/cuda/kernels/attention_wide.cuh"
 
 namespace mla::cuda {
 namespace {
@@ -21,21 +22,36 @@ bool is_q8(const AttentionArgs& a) { return a.latent.format == Format::Q8_0; }
 
 int latent_bytes(const AttentionArgs& a) { return is_q8(a) ? a.c / 32 * kQ8Bytes : 2 * a.c; }
 
-// The most stages that fit; -1 where none does.
-int stages_that_fit(int rows, bool q8, const DeviceInfo& device) {
-  for (int n_stages = q8 ? 1 : 2; n_stages >= (q8 ? 0 : 1); --n_stages) {
-    const int bytes = absorbed_smem_bytes(rows, q8, n_stages);
-    if (static_cast<size_t>(bytes) <= device.smem_per_block) return n_stages;
+// The most stages of those that fit; -1 where none does.
+template <size_t N, class Bytes>
+int stages_that_fit(const int (&stages)[N], const DeviceInfo& device, const Bytes& smem_bytes) {
+  for (int n : stages) {
+    if (static_cast<size_t>(smem_bytes(n)) <= device.smem_per_block) return n;
   }
   return -1;
 }
 
-AbsorbedVariant make_variant(const AttentionArgs& a, const DeviceInfo& device, int rows) {
+AbsorbedVariant narrow_variant(const AttentionArgs& a, const DeviceInfo& device) {
   AbsorbedVariant v = {};
-  v.rows = rows;
-  v.n_stages = stages_that_fit(rows, is_q8(a), device);
-  v.fold = rows == 64 && a.h % 64 == 0 ? std::min(a.h / 64, device.n_sm) : 1;
-  v.fold = std::max(v.fold, 1);
+  v.rows = narrow::kRows;
+  v.tile_cells = narrow::kTileCells;
+  v.least_tiles = 4;
+  const auto bytes = [&](int) { return narrow::smem_bytes(is_q8(a)); };
+  v.n_stages = stages_that_fit({narrow::kStages}, device, bytes);
+  v.fold = 1;
+  v.n_blocks = 2 * std::max(device.n_sm, 1);
+  return v;
+}
+
+AbsorbedVariant wide_variant(const AttentionArgs& a, const DeviceInfo& device) {
+  const bool q8 = is_q8(a);
+  const auto bytes = [&](int n) { return wide::smem_bytes(q8, n); };
+  AbsorbedVariant v = {};
+  v.rows = wide::kRows;
+  v.tile_cells = wide::kTileCells;
+  v.least_tiles = 1;
+  v.n_stages = q8 ? stages_that_fit({1, 0}, device, bytes) : stages_that_fit({2, 1}, device, bytes);
+  v.fold = a.h % v.rows == 0 ? std::clamp(a.h / v.rows, 1, std::max(device.n_sm, 1)) : 1;
   v.n_blocks = std::max(device.n_sm / v.fold, 1);
   return v;
 }
@@ -84,14 +100,18 @@ bool copies_16(const AttentionArgs& a) {
 
 template <class T, bool kQ8>
 void attend(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& run) {
-  const auto run_variant = [&](auto kernel, const AbsorbedVariant& v) {
+  const auto run_variant = [&](auto kernel, const AbsorbedVariant& v, int smem_bytes) {
     if (v.n_blocks == 0) return;
     const dim3 grid(static_cast<unsigned>(v.n_blocks * v.fold));
-    const int smem = absorbed_smem_bytes(v.rows, kQ8, v.n_stages);
-    launch(run, kernel, grid, dim3(kTileThreads), static_cast<size_t>(smem), a, plan);
+    launch(run, kernel, grid, dim3(kTileThreads), static_cast<size_t>(smem_bytes), a, plan);
   };
-  run_variant(absorbed_kernel<T, 16, kQ8>, plan.variants[kNarrow]);
-  run_variant(absorbed_kernel<T, 64, kQ8>, plan.variants[kWide]);
+  const AbsorbedVariant& few = plan.variants[kNarrow];
+  const AbsorbedVariant& many = plan.variants[kWide];
+  const bool by_16 = plan.copies_16;
+  run_variant(by_16 ? narrow_kernel<T, kQ8, true> : narrow_kernel<T, kQ8, false>, few,
+              narrow::smem_bytes(kQ8));
+  run_variant(by_16 ? wide_kernel<T, kQ8, true> : wide_kernel<T, kQ8, false>, many,
+              wide::smem_bytes(kQ8, many.n_stages));
 }
 
 // Planes whose rows begin, and end, at multiples of 4 bytes: what the smallest copies need.
@@ -111,8 +131,8 @@ AbsorbedPlan absorbed_plan(const AttentionArgs& a, const DeviceInfo& device, std
   AbsorbedPlan plan = {};
   plan.end_token = std::min(absorbed_window(a), a.t);
   plan.copies_16 = copies_16(a);
-  plan.variants[kNarrow] = make_variant(a, device, 16);
-  plan.variants[kWide] = make_variant(a, device, 64);
+  plan.variants[kNarrow] = narrow_variant(a, device);
+  plan.variants[kWide] = wide_variant(a, device);
   const bool has_wide = plan.variants[kWide].n_stages >= 0;
   plan.widest_narrow = has_wide ? kNarrowRows : INT32_MAX;
   // No span can have fewer rows than a token, or more than all tokens of a window.
@@ -131,7 +151,7 @@ bool absorbed_fits(const Node& node, const DeviceInfo& device) {
   // operands of 16 bits would lose: both run in attention_exact.cu.
   return device.capability() >= 80 && a.latent.format != Format::F32 && a.rope.format == operand &&
          a.r <= kRopeDims && products_fit(a) && plane_fits(node.input(2), latent_bytes(a)) &&
-         plane_fits(node.input(3), 2 * a.r) && stages_that_fit(16, is_q8(a), device) >= 0;
+         plane_fits(node.input(3), 2 * a.r) && narrow_variant(a, device).n_stages > 0;
 }
 
 size_t absorbed_scratch_bytes(const Node& node, const DeviceInfo& device) {

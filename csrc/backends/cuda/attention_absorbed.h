@@ -1,4 +1,4 @@
-// The three launches of a window of tokens, see kernels/attention_{queries,absorbed,values}.cuh.
+// The three launches of a window of tokens, see kernels/attention_{queries,narrow,wide,values}.cuh.
 #pragma once
 
 #include "backends/cuda/kernels/attention_schedule.cuh"

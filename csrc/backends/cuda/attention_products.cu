@@ -15,7 +15,7 @@ void queries(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& ru
   const auto n_tiles = static_cast<unsigned>((n_tokens + kTileTokens - 1) / kTileTokens);
   const int columns = a.k_b_transposed ? kGroup : rows_at_a_time(a.n);
   const int n_slabs = (a.c + columns - 1) / columns + 1;
-  const dim3 grid(static_cast<unsigned>(1 + a.h * n_slabs), n_tiles);
+  const dim3 grid(static_cast<unsigned>((warps_list(a) ? 0 : 1) + a.h * n_slabs), n_tiles);
   const int along = kTileTokens * n_groups(a.n) * kGroupPitch;
   const int across = kProductThreads * (kGroup + 1) + kTileTokens * a.n;
   const size_t smem = static_cast<size_t>(a.k_b_transposed ? across : along) * sizeof(float);

@@ -19,14 +19,16 @@ struct LoadedSpan {
   Span span;
   bool ends_list;
 };
+// No branch stands between the loads: they are one round trip.
 __device__ inline LoadedSpan load_span(const AttentionArgs& a, int i) {
   const int32_t* row = a.spans + i * a.span_stride;
   LoadedSpan s = {{row[0], row[1], row[2], row[3], row[4], row[5]}, row[2] == 0};
-  const bool valid =
-      s.span.sequence >= 0 && s.span.sequence < a.n_sequences && s.span.first_token >= 0 &&
-      s.span.n_tokens > 0 && s.span.n_tokens <= a.t - s.span.first_token &&
-      s.span.n_cells >= s.span.n_tokens && s.span.first_cell >= 0 &&
-      int64_t{s.span.first_cell} + s.span.n_cells <= int64_t{a.n_blocks} * a.block_cells;
+  const Span& x = s.span;
+  const int64_t end = int64_t{x.first_cell} + x.n_cells;
+  const bool valid = (x.sequence >= 0) & (x.sequence < a.n_sequences) & (x.first_token >= 0) &
+                     (x.n_tokens > 0) & (x.n_tokens <= a.t - x.first_token) &
+                     (x.n_cells >= x.n_tokens) & (x.first_cell >= 0) &
+                     (end <= int64_t{a.n_blocks} * a.block_cells);
   if (!valid) s.span.n_tokens = 0;
   return s;
 }

@@ -4,10 +4,11 @@
 //   q[t, h, 512..512 + R)    = f * q_rope[t, h]             f = scale * log2(e), for 2^x later
 //
 // summed in float32, rounded once to the type of the operands; dims that a model lacks are zero.
-// Grid [1 + H * slabs, token tiles]: block (0, 0) lists the work instead; a slab is kSlabColumns
-// columns (the last one: rope), a tile kTileTokens tokens. Weights are decoded into registers
-// before the kernel waits for the ones ahead: they are constants, and most of the bytes.
-// Error: half a unit of the operand's type; scores err by 2^-11 |q||k| / sqrt(C) (f16).
+// Grid [H * slabs, token tiles]: a slab is a few columns (the last one: rope), a tile kTileTokens
+// tokens. With more spans than a warp has lanes, one block more, (0, 0), lists the work. Weights
+// are decoded into registers before the kernel waits for the ones ahead: they are constants, and
+// most of the bytes. Error: half a unit of the operand's type; scores err by 2^-11 |q||k| / sqrt(C)
+// (f16).
 #pragma once
 
 #include "backends/cuda/kernels/attention_operand.cuh"
@@ -63,7 +64,7 @@ struct QueryTile {
 __device__ inline QueryTile query_tile(const AttentionArgs& a, const AbsorbedPlan& plan,
                                        int n_slabs) {
   QueryTile tile;
-  const int block = static_cast<int>(blockIdx.x) - 1;
+  const int block = static_cast<int>(blockIdx.x) - (warps_list(a) ? 0 : 1);
   tile.head = block / n_slabs;
   tile.slab = block % n_slabs;
   tile.first = plan.first_token + static_cast<int>(blockIdx.y) * kTileTokens;
@@ -72,9 +73,9 @@ __device__ inline QueryTile query_tile(const AttentionArgs& a, const AbsorbedPla
   return tile;
 }
 
-// Block (0, *): true where there is nothing else to do.
+// Block (0, *) of long lists: true where there is nothing else to do.
 __device__ inline bool lists_work(const AttentionArgs& a, const AbsorbedPlan& plan) {
-  if (blockIdx.x != 0) return false;
+  if (blockIdx.x != 0 || warps_list(a)) return false;
   pdl_wait();
   if (blockIdx.y != 0) return true;
   if (threadIdx.x < 32) list_work(a, plan);
@@ -111,9 +112,27 @@ __device__ void finish_queries(const AttentionArgs& a, const AbsorbedPlan& plan,
   }
 }
 
+// The dot product of a lane's group with that of a lone token's query, straight from memory: no
+// barrier between the two. Whether the token is absorbed does not matter: nobody reads it then.
+__device__ inline float dot_query(const AttentionArgs& a, const QueryTile& tile, int group,
+                                  const float (&w)[kGroup]) {
+  const auto* x = reinterpret_cast<const float4*>(a.q_nope.data + tile.first * a.q_nope.stride[1] +
+                                                  tile.head * a.q_nope.stride[2]);
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kGroup / 4; ++i) {
+    const float4 v = x[group * (kGroup / 4) + i];
+    sum = fmaf(w[4 * i], v.x, sum);
+    sum = fmaf(w[4 * i + 1], v.y, sum);
+    sum = fmaf(w[4 * i + 2], v.z, sum);
+    sum = fmaf(w[4 * i + 3], v.w, sum);
+  }
+  return sum;
+}
+
 // k_b [H, C, N]: rows are contracted along themselves. A slab is rows_at_a_time(N) columns.
 template <Format F, class T>
-__global__ void __launch_bounds__(kProductThreads)
+__global__ void __launch_bounds__(kProductThreads, 3)
     queries_along(const __grid_constant__ AttentionArgs a,
                   const __grid_constant__ AbsorbedPlan plan, int n_slabs) {
   pdl_trigger();
@@ -134,8 +153,16 @@ __global__ void __launch_bounds__(kProductThreads)
     const std::byte* row = a.k_b.data + tile.head * a.k_b.stride[1] + c * a.k_b.stride[2];
     weight_group<F>(row, a.n, group, w);
   }
-  pdl_wait();
+  if (plan.end_token - plan.first_token == 1 && a.q_fours) {
+    pdl_wait();
+    float sum = works ? dot_query(a, tile, group, w) : 0.0f;
+    for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (works && group == 0) tile.row<T>(a, plan, 0)[c] = to_operand<T>(tile.factor * sum);
+    return;
+  }
+  if (!a.spans_given) pdl_wait();
   find_wanted(a, tile, wanted);
+  pdl_wait();
   const int padded = n_groups(a.n) * kGroup;
   for (int at = threadIdx.x; at < tile.n * padded; at += kProductThreads) {
     const int i = at / padded, d = at % padded;
@@ -181,8 +208,9 @@ __global__ void __launch_bounds__(kProductThreads)
     for (int i = 0; i < kGroup; ++i) w[threadIdx.x * kPitch + i] = value[i];
   };
   decode_rows(0);
-  pdl_wait();
+  if (!a.spans_given) pdl_wait();
   find_wanted(a, tile, wanted);
+  pdl_wait();
   for (int at = threadIdx.x; at < tile.n * a.n; at += kProductThreads) {
     q[at] = query_value(a.q_nope, tile.first + at / a.n, tile.head, at % a.n);
   }

@@ -6,8 +6,9 @@
 // Merging here and not in the last block of the kernel before: one sequence of 4k positions has 64
 // parts of 16 rows, 1 MB, which a single SM reads in 10 us and 128 blocks in less than 1. Each of
 // the blocks of a head merges the same rows, which costs reads of L2 only.
-// Grid [H * slabs, token tiles]: a slab is `slab_rows` rows of v_b. The first rows are decoded
-// before the kernel waits for the ones ahead. Tokens in no span become zeros here.
+// Grid [H * slabs, token tiles]: a slab is `slab_rows` rows of v_b. Before the kernel waits for the
+// ones ahead, its rows come into L2 and, where spans are inputs of the graph, each warp finds its
+// parts. Tokens in no span become zeros here.
 // Error: parts are rounded to the operand's type; float32 from there.
 #pragma once
 
@@ -20,6 +21,21 @@ struct ValuesGrid {
   int tokens;  // of a tile: 1, 2, 4 or 8; warps / tokens warps share the merging of a token
 };
 
+// The list's row that has the token, or what it is else, see AbsorbedPlan::token_entry. Warps call
+// whole.
+__device__ inline int find_entry(const AttentionArgs& a, const AbsorbedPlan& plan, int token) {
+  if (!warps_list(a)) return plan.token_entry[token - plan.first_token];
+  const LaneSpans spans = load_spans(a, plan, 0);
+  const Span& s = spans.span;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const bool has =
+      lane < spans.n_listed && token >= s.first_token && token - s.first_token < s.n_tokens;
+  const unsigned found = __ballot_sync(0xffffffffu, has);
+  if (found == 0) return kIdleToken;
+  const int row = __ffs(static_cast<int>(found)) - 1;
+  return __shfl_sync(0xffffffffu, s.expanded, row) == 0 ? row : kOtherToken;
+}
+
 // Where the parts of one query row are: `unit + block`, for the blocks [first, last].
 struct RowParts {
   const std::byte* parts;
@@ -27,15 +43,11 @@ struct RowParts {
   int64_t stride;  // from block to block, in rows
   int n;
 };
-// index: the token's span. All loads are issued together; spans are the same for both variants.
-__device__ inline RowParts parts_of(const AttentionArgs& a, const AbsorbedPlan& plan, int index,
-                                    int token, int head, int operand_bytes) {
-  const WorkEntry narrow = load_entry(plan.entries + index);
-  const WorkEntry wide = load_entry(plan.entries + a.n_spans + index);
-  const int v = variant_of(a, plan, narrow.span());
-  const WorkEntry& e = v == kNarrow ? narrow : wide;
+// Of the token's span in the line of variant v.
+__device__ inline RowParts parts_of(const AttentionArgs& a, const AbsorbedPlan& plan, int v,
+                                    const WorkEntry& e, const WorkTotals& totals, int token,
+                                    int head, int operand_bytes) {
   const AbsorbedVariant& variant = plan.variants[v];
-  const WorkTotals totals = plan.totals[v];
   const int n_busy = busy_blocks(variant, totals);
   const int row = (token - e.first_token) * a.h + head;
   const int unit = row / variant.unit_rows();
@@ -49,8 +61,24 @@ __device__ inline RowParts parts_of(const AttentionArgs& a, const AbsorbedPlan& 
           int64_t{variant.fold} * variant.rows, last - first + 1};
 }
 
+// index: what find_entry gave, not negative. Warps call whole.
+__device__ inline RowParts find_parts(const AttentionArgs& a, const AbsorbedPlan& plan, int index,
+                                      int token, int head, int operand_bytes) {
+  RowParts parts = {};
+  for (int v = 0; v < kVariants; ++v) {
+    if (plan.variants[v].n_blocks == 0) continue;
+    const Line line = find_line(a, plan, v);
+    const WorkEntry e = warps_list(a) ? broadcast_entry(line.mine, index)
+                                      : load_entry(plan.entries + v * a.n_spans + index);
+    if (variant_of(a, plan, e.span()) != v) continue;
+    parts = parts_of(a, plan, v, e, line.totals, token, head, operand_bytes);
+  }
+  return parts;
+}
+
 inline constexpr int kLaneColumns = kLatentDims / 32;  // as two chunks of 8, 256 apart
-inline constexpr int kPartsAtATime = 4;                // 8 loads of 16 bytes under way per lane
+// 16 loads of 16 bytes under way per lane: those of 64 parts, with 8 warps, in one round trip.
+inline constexpr int kPartsAtATime = 8;
 
 // A weighted sum of parts: weights are 2^(lse - top).
 struct Merged {
@@ -68,10 +96,12 @@ __device__ Merged merge_parts(const RowParts& p, int first, int step) {
     uint4 chunks[kPartsAtATime][2];
 #pragma unroll
     for (int j = 0; j < kPartsAtATime; ++j) {
-      const int64_t at = min(i + j * step, p.n - 1) * p.stride;
+      lse[j] = kMinusInf;
+      if (i + j * step >= p.n) continue;
+      const int64_t at = (i + j * step) * p.stride;
       const auto* row =
           reinterpret_cast<const uint4*>(p.parts + at * kLatentDims * int64_t{sizeof(T)});
-      lse[j] = i + j * step < p.n ? load_coherent(p.lse + at) : kMinusInf;
+      lse[j] = load_coherent(p.lse + at);
       chunks[j][0] = load_coherent(row + lane);
       chunks[j][1] = load_coherent(row + 32 + lane);
     }
@@ -84,13 +114,13 @@ __device__ Merged merge_parts(const RowParts& p, int first, int step) {
     for (float& x : m.sum) x *= factor;
 #pragma unroll
     for (int j = 0; j < kPartsAtATime; ++j) {
+      if (lse[j] == kMinusInf) continue;  // it may hold anything
       const float weight = exp2_approx(lse[j] - origin);
       m.weight += weight;
       const T* x = reinterpret_cast<const T*>(chunks[j]);
 #pragma unroll
       for (int c = 0; c < kLaneColumns; ++c) {
-        // A part that saw nothing may hold anything.
-        if (weight != 0.0f) m.sum[c] = fmaf(weight, from_operand(x[c]), m.sum[c]);
+        m.sum[c] = fmaf(weight, from_operand(x[c]), m.sum[c]);
       }
     }
   }
@@ -100,45 +130,95 @@ __device__ Merged merge_parts(const RowParts& p, int first, int step) {
 // What the warps of a tile hand to each other.
 struct TileState {
   int entry[kTileTokens];  // of each token, see AbsorbedPlan::token_entry
-  float top[kProductWarps], weight[kProductWarps];
+  alignas(16) float top[kProductWarps];
+  alignas(16) float weight[kProductWarps];
 };
 
-// latents[token][groups][kGroupPitch] of the tile. shares: [kProductWarps][kLatentDims].
-template <class T>
-__device__ void merge_tile(const AttentionArgs& a, const AbsorbedPlan& plan, const ValuesGrid& grid,
-                           int head, int first, float* latents, float* shares, TileState& state) {
+__host__ __device__ inline constexpr int latent_at(int token, int c) {
+  return (token * (kLatentDims / kGroup) + c / kGroup) * kGroupPitch + c % kGroup;
+}
+
+// What the warps of token i of a tile of n have summed, put together. The count is known when the
+// code is compiled: every load is under way at once.
+template <int kTokens>
+__device__ void join_shares(float* latents, const float* shares, const TileState& state) {
+  constexpr int kShares = kProductWarps / kTokens;
+  for (int at = threadIdx.x * 2; at < kTokens * kLatentDims; at += 2 * kProductThreads) {
+    const int i = at / kLatentDims, c = at % kLatentDims;
+    float top = kMinusInf, weight = 0.0f, lo = 0.0f, hi = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kShares; ++j) top = fmaxf(top, state.top[i + j * kTokens]);
+    const float origin = top == kMinusInf ? 0.0f : top;
+#pragma unroll
+    for (int j = 0; j < kShares; ++j) {
+      const int from = i + j * kTokens;
+      const float factor = exp2_approx(state.top[from] - origin);
+      const float2 x = *reinterpret_cast<const float2*>(shares + from * kLatentDims + c);
+      weight = fmaf(factor, state.weight[from], weight);
+      lo = fmaf(factor, x.x, lo);
+      hi = fmaf(factor, x.y, hi);
+    }
+    // NaN where nothing was seen, as a softmax of nothing is; zeros for others' tokens.
+    const float scale = state.entry[i] >= 0 ? 1.0f / weight : 0.0f;
+    *reinterpret_cast<float2*>(latents + latent_at(i, c)) = {lo * scale, hi * scale};
+  }
+}
+
+// What a warp merges, known before pdl_wait() where spans are: see find_line.
+struct WarpParts {
+  int entry;
+  RowParts parts;
+};
+__device__ inline WarpParts find_warp_parts(const AttentionArgs& a, const AbsorbedPlan& plan,
+                                            const ValuesGrid& grid, int head, int first,
+                                            int operand_bytes) {
+  WarpParts found = {kOtherToken, {}};
+  const int token = first + static_cast<int>(threadIdx.x) / 32 % grid.tokens;
+  if (token >= plan.end_token) return found;
+  if (!a.spans_given || !warps_list(a)) pdl_wait();
+  found.entry = find_entry(a, plan, token);
+  if (found.entry >= 0) {
+    found.parts = find_parts(a, plan, found.entry, token, head, operand_bytes);
+  }
+  return found;
+}
+
+// latents[token][groups][kGroupPitch] of the tile. shares: [kProductWarps][kLatentDims]. load: what
+// is asked for meanwhile, once registers are free again.
+template <class T, class Load>
+__device__ void merge_tile(const WarpParts& found, const ValuesGrid& grid, float* latents,
+                           float* shares, TileState& state, const Load& load) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int n_shares = kProductWarps / grid.tokens;
-  const int token = first + warp % grid.tokens;
-  int entry = kOtherToken;
-  if (token < plan.end_token) entry = plan.token_entry[token - plan.first_token];
+  const int entry = found.entry;
   Merged m = {kMinusInf, 0.0f, {}};
   if (entry >= 0) {
-    m = merge_parts<T>(parts_of(a, plan, entry, token, head, sizeof(T)), warp / grid.tokens,
-                       n_shares);
+    m = merge_parts<T>(found.parts, warp / grid.tokens, kProductWarps / grid.tokens);
   }
   if (lane == 0) {
     if (warp < grid.tokens) state.entry[warp] = entry;
     state.top[warp] = m.top;
     state.weight[warp] = m.weight;
   }
+  float* share = shares + warp * kLatentDims + lane * 8;
 #pragma unroll
-  for (int i = 0; i < kLaneColumns; ++i) {
-    shares[warp * kLatentDims + i / 8 * 256 + lane * 8 + i % 8] = m.sum[i];
+  for (int i = 0; i < kLaneColumns; i += 4) {
+    *reinterpret_cast<float4*>(share + i / 8 * 256 + i % 8) = {m.sum[i], m.sum[i + 1], m.sum[i + 2],
+                                                               m.sum[i + 3]};
   }
+  load();
   __syncthreads();
-  for (int at = threadIdx.x; at < grid.tokens * kLatentDims; at += kProductThreads) {
-    const int i = at / kLatentDims, c = at % kLatentDims;
-    float top = kMinusInf, weight = 0.0f, sum = 0.0f;
-    for (int from = i; from < kProductWarps; from += grid.tokens) top = fmaxf(top, state.top[from]);
-    for (int from = i; from < kProductWarps; from += grid.tokens) {
-      const float factor = top == kMinusInf ? 1.0f : exp2_approx(state.top[from] - top);
-      weight = fmaf(factor, state.weight[from], weight);
-      sum = fmaf(factor, shares[from * kLatentDims + c], sum);
-    }
-    const bool absorbed = state.entry[i] >= 0;
-    latents[(i * (kLatentDims / kGroup) + c / kGroup) * kGroupPitch + c % kGroup] =
-        absorbed ? sum / weight : 0.0f;
+  switch (grid.tokens) {
+    case 1:
+      join_shares<1>(latents, shares, state);
+      break;
+    case 2:
+      join_shares<2>(latents, shares, state);
+      break;
+    case 4:
+      join_shares<4>(latents, shares, state);
+      break;
+    default:
+      join_shares<8>(latents, shares, state);
   }
   __syncthreads();
 }
@@ -148,7 +228,7 @@ __host__ __device__ inline constexpr int values_smem_floats(int tokens) {
 }
 
 template <Format F, class T>
-__global__ void __launch_bounds__(kProductThreads)
+__global__ void __launch_bounds__(kProductThreads, 2)
     values_kernel(const __grid_constant__ AttentionArgs a,
                   const __grid_constant__ AbsorbedPlan plan, ValuesGrid grid) {
   pdl_trigger();
@@ -156,20 +236,26 @@ __global__ void __launch_bounds__(kProductThreads)
   float* latents = shares + kProductWarps * kLatentDims;
   __shared__ TileState state;
   const int head = static_cast<int>(blockIdx.x) / grid.n_slabs;
+  constexpr int kLine = 128;  // bytes that come into L2 at once: a group in float32
   const int lanes = lanes_per_row(a.c);
   const int group = static_cast<int>(threadIdx.x) % lanes;
   const int begin = static_cast<int>(blockIdx.x) % grid.n_slabs * grid.slab_rows;
   const int end = min(begin + grid.slab_rows, a.v);
   float w[kGroup] = {};
+  const auto v_row = [&](int v) {
+    return a.v_b.data + head * a.v_b.stride[1] + v * a.v_b.stride[2];
+  };
   const auto decode_row = [&](int v) {
-    if (v >= end || group >= n_groups(a.c)) return;
-    weight_group<F>(a.v_b.data + head * a.v_b.stride[1] + v * a.v_b.stride[2], a.c, group, w);
+    if (v < end && group < n_groups(a.c)) weight_group<F>(v_row(v), a.c, group, w);
   };
   const int first_row = begin + static_cast<int>(threadIdx.x) / lanes;
-  decode_row(first_row);
-  pdl_wait();
+  for (int v = first_row; v < end; v += rows_at_a_time(a.c)) {
+    if (group * kLine < a.v_b.stride[2]) prefetch_l2(v_row(v) + group * kLine);
+  }
   const int first = plan.first_token + static_cast<int>(blockIdx.y) * grid.tokens;
-  merge_tile<T>(a, plan, grid, head, first, latents, shares, state);
+  const WarpParts found = find_warp_parts(a, plan, grid, head, first, sizeof(T));
+  pdl_wait();
+  merge_tile<T>(found, grid, latents, shares, state, [&] { decode_row(first_row); });
   const int n = min(grid.tokens, plan.end_token - first);
   for (int v = first_row; v - first_row < end - begin; v += rows_at_a_time(a.c)) {
     if (v != first_row) decode_row(v);
@@ -177,7 +263,7 @@ __global__ void __launch_bounds__(kProductThreads)
       if (state.entry[i] == kOtherToken) continue;
       float sum = 0.0f;
       if (group < n_groups(a.c)) {
-        sum = dot_group(w, latents + (i * (kLatentDims / kGroup) + group) * kGroupPitch);
+        sum = dot_group(w, latents + latent_at(i, group * kGroup));
       }
       for (int step = lanes / 2; step > 0; step /= 2) {
         sum += __shfl_xor_sync(0xffffffffu, sum, step);

@@ -1,6 +1,7 @@
 // Rows of k_b and v_b, 32 numbers at a time, in float32.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "backends/cuda/cuda_op.h"
@@ -26,6 +27,23 @@ __device__ inline float plain_value(const std::byte* row, int i) {
   return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(row)[i]);
 }
 
+// A whole group of plain numbers, from an address that is a multiple of 16, in 16-byte pieces.
+template <Format F>
+__device__ inline void load_plain_group(const std::byte* from, float (&out)[kGroup]) {
+  using Element = std::conditional_t<F == Format::F32, float,
+                                     std::conditional_t<F == Format::F16, __half, __nv_bfloat16>>;
+  constexpr int kEach = 16 / sizeof(Element);
+  uint4 pieces[kGroup / kEach];
+#pragma unroll
+  for (int i = 0; i < kGroup / kEach; ++i) {
+    pieces[i] = load_streaming(reinterpret_cast<const uint4*>(from) + i);
+  }
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    out[i] = plain_value<F>(reinterpret_cast<const std::byte*>(pieces), i);
+  }
+}
+
 // Elements [32 * group, 32 * group + 32) of a row of k, zeros from k on. Quantized rows are whole
 // groups; plain ones may end within one and may begin at any element.
 template <Format F>
@@ -37,7 +55,7 @@ __device__ inline void weight_group(const std::byte* row, int k, int group, floa
       return;
     }
   } else if (first + kGroup <= k && reinterpret_cast<uintptr_t>(row) % 16 == 0) {
-    decode_group<F>(row, k, group, out);
+    load_plain_group<F>(row + first * sizeof(float) / (F == Format::F32 ? 1 : 2), out);
     return;
   }
 #pragma unroll

@@ -9,6 +9,22 @@
 
 namespace mla::cuda {
 
+namespace {
+
+bool is_given(const Node* node) {
+  const Op op = root_of(const_cast<Node*>(node)).node->op;
+  return op == Op::input || op == Op::weight;
+}
+
+bool has_fours(const View& x) {
+  constexpr int64_t kBytes = 16;
+  return x.extent[3] % 32 == 0 && x.stride[3] == int64_t{sizeof(float)} &&
+         reinterpret_cast<uintptr_t>(x.data) % kBytes == 0 && x.stride[1] % kBytes == 0 &&
+         x.stride[2] % kBytes == 0;
+}
+
+}  // namespace
+
 AttentionArgs attention_args(const Node& node, const Step* step) {
   const auto& attrs = node.attr<AttentionAttrs>();
   const auto operand = [&](size_t i) {
@@ -34,6 +50,8 @@ AttentionArgs attention_args(const Node& node, const Step* step) {
   a.v = static_cast<int>(a.v_b.extent[2]);
   a.c = static_cast<int>(a.v_b.extent[3]);
   a.scale = attrs.scale;
+  a.spans_given = is_given(node.input(6)) && is_given(node.input(7));
+  a.q_fours = has_fours(a.q_nope);
   a.k_b_transposed = attrs.k_b_transposed;
   a.n_cells = node.input(2)->dim(0);
   a.spans = reinterpret_cast<const int32_t*>(spans.data);

@@ -1,21 +1,18 @@
-// Absorbed attention over one piece of the line (attention_schedule.cuh) per block:
+// Absorbed attention of many query rows: one piece of the line (attention_schedule.cuh) per block.
 //
-//   s[i, j] = q[i] . key[j]          i < kRows query rows, j < 64 cells of a tile, 576 dims
+//   s[i, j] = q[i] . key[j]          i < 64 query rows, j < 64 cells of a tile, 576 dims
 //   o[i]    = sum_j 2^(s[i, j] - m[i]) latent[j] / l[i]      512 dims, kept in registers
 //
 // with the running maximum m and sum l of the row; the part's o and log2 of its weight, m + log2 l,
 // go to memory. q holds scale * log2(e).
 //
-// 8 warps. Scores: 16 rows, each warp 8 cells, q in registers (144), so that a tile is read once;
-// 64 rows, each warp 32 rows x 16 cells, q in shared memory. Values: each warp all rows x 64
-// columns: 32 or 128 accumulators a thread. Weights 2^(s - m) pass between the two through shared
+// 8 warps. Scores: each warp 32 rows x 16 cells, q in shared memory. Values: each warp all rows x
+// 64 columns: 128 accumulators a thread. Weights 2^(s - m) pass between the two through shared
 // memory as 16-bit numbers.
 //
-// A tile is 73.7 KB from memory and, with 16 rows, 140 KB through shared memory and 544 products of
-// 16 x 8 x 16: some 1,500 of the 4,400 clocks that an SM's share of 3.9 TB/s gives it; 64 rows: 570
-// KB and 2,176 products, about 4,500 clocks, so 460 TFLOP/s were all else free.
-// Shared memory, 2 stages: 16 rows 152 KB (q passes through the stage that waits), 64 rows 231 KB
-// of the 227 KiB there are.
+// A tile is 73.7 KB from memory, 570 KB through shared memory, and 2,176 products of 16 x 8 x 16:
+// about 4,500 clocks, so 460 TFLOP/s were all else free.
+// Shared memory: two stages would take 231 KB of the 227 KiB there are; one takes 157.
 // Error: weights and q rounded to 11 bits (8 for bf16), sums in float32: nmse about 1e-7 (1e-5).
 #pragma once
 
@@ -23,29 +20,26 @@
 
 namespace mla::cuda {
 
-inline constexpr int kSteps = kKeyDims / 16;  // products along the dims of a score
-inline constexpr int kTileWarps = kTileThreads / 32;
-inline constexpr int kWarpColumns = kLatentDims / kTileWarps;  // 64 of the output
-inline constexpr int kWeightRowBytes = kTileCells * 2;         // 8 chunks, swizzled as tiles are
+namespace wide {
 
-__host__ __device__ inline constexpr int absorbed_cell_parts(int rows) {
-  return rows == 64 ? kTileWarps / 2 : kTileWarps;
-}
-// What is not tiles: q (64 rows only), weights, maxima of each part of the cells, factors, limits.
-__host__ __device__ inline constexpr int absorbed_fixed_bytes(int rows) {
-  return (rows == 64 ? rows * kRowChunks * kChunk : 0) + rows * kWeightRowBytes +
-         rows * (absorbed_cell_parts(rows) + 2) * 4;
-}
-__host__ __device__ inline constexpr int absorbed_smem_bytes(int rows, bool q8, int n_stages) {
+inline constexpr int kRows = 64, kTileCells = 64;
+inline constexpr int kTileBytes = kTileCells * kRowBytes;  // 73,728
+inline constexpr int kRawBytes = kTileCells * kRawRowBytes;
+inline constexpr int kWeightRowBytes = kTileCells * 2;  // 8 chunks, swizzled as tiles are
+inline constexpr int kCellParts = kTileWarps / 2;
+
+// q, weights, maxima of each part of the cells, factors, limits.
+inline constexpr int kFixedBytes = kRows * (kRowBytes + kWeightRowBytes + (kCellParts + 2) * 4);
+__host__ __device__ inline constexpr int smem_bytes(bool q8, int n_stages) {
   const int tiles = q8 ? kTileBytes + (n_stages > 0 ? kRawBytes : 0) : n_stages * kTileBytes;
-  return absorbed_fixed_bytes(rows) + tiles;
+  return kFixedBytes + tiles;
 }
 
-template <class T, int kRows, bool kQ8>
-class AbsorbedBlock {
+template <class T, bool kQ8, bool kBy16>
+class Block {
  public:
-  __device__ AbsorbedBlock(const AttentionArgs& a, const AbsorbedPlan& plan)
-      : a_(a), plan_(plan), variant_(plan.variants[kRows == 64 ? kWide : kNarrow]) {}
+  __device__ Block(const AttentionArgs& a, const AbsorbedPlan& plan)
+      : a_(a), plan_(plan), variant_(plan.variants[kWide]) {}
 
   // Tiles [begin, end) of unit `unit` of the span, the rows that are number `sub` of its fold.
   __device__ void run(const WorkEntry& entry, int unit, int sub, int begin, int end, int slot) {
@@ -72,9 +66,7 @@ class AbsorbedBlock {
   }
 
  private:
-  static constexpr bool kQueryInRegisters = kRows == 16;
-  static constexpr int kCellParts = absorbed_cell_parts(kRows);
-  static constexpr int kRowTiles = kRows == 64 ? 2 : 1;  // of a warp's scores
+  static constexpr int kRowTiles = 2;  // of a warp's scores
   static constexpr int kCellTiles = kTileCells / 8 / kCellParts;
   static constexpr int kOutTiles = kRows / 16;
   static constexpr int kColumnTiles = kWarpColumns / 8;
@@ -87,10 +79,10 @@ class AbsorbedBlock {
     return warp() / kCellParts * 32 + m * 16 + half * 8 + lane() / 4;
   }
 
-  // ---- shared memory: q (64 rows only), weights, maxima, factors, limits, tiles
-  // --------------------------- Every place is known when the code is compiled and takes no
+  // ---- shared memory: q, weights, maxima, factors, limits, tiles
+  // ---------------------------------- Every place is known when the code is compiled and takes no
   // register.
-  static constexpr int kQueryBytes = kQueryInRegisters ? 0 : kRows * kRowChunks * kChunk;
+  static constexpr int kQueryBytes = kRows * kRowBytes;
   static constexpr int kMaximaAt = kQueryBytes + kRows * kWeightRowBytes;
   __device__ static std::byte* queries() { return dynamic_smem(); }
   __device__ static std::byte* weights() { return dynamic_smem() + kQueryBytes; }
@@ -102,7 +94,7 @@ class AbsorbedBlock {
     return reinterpret_cast<int*>(factors() + kRows);
   }
   __device__ static std::byte* stage(int index) {
-    return dynamic_smem() + absorbed_fixed_bytes(kRows) + index * kTileBytes;
+    return dynamic_smem() + kFixedBytes + index * kTileBytes;
   }
 
   // ---- copies -----------------------------------------------------------------------------------
@@ -110,11 +102,11 @@ class AbsorbedBlock {
   __device__ void issue(bool has, const Span& span, int tile) {
     if (has) {
       if constexpr (kQ8) {
-        if (variant_.n_stages > 0) copy_raw(a_, rows_, plan_.copies_16, stage(1));
+        if (variant_.n_stages > 0) copy_raw<kBy16>(a_, rows_, stage(1));
       } else {
-        copy_tile(a_, rows_, plan_.copies_16, stage(stage_));
+        copy_tile<kBy16>(a_, rows_, stage(stage_));
       }
-      if (!kQ8 || variant_.n_stages > 0) rows_ = find_rows(a_, span, tile + 1);
+      if (!kQ8 || variant_.n_stages > 0) rows_ = find_rows<kTileCells>(a_, span, tile + 1);
     }
     cp_async_commit();
   }
@@ -125,12 +117,12 @@ class AbsorbedBlock {
     __syncthreads();
     if constexpr (kQ8) {
       if (variant_.n_stages > 0) {
-        convert_raw(stage(1), stage(0));
+        convert_raw<kTileCells>(stage(1), stage(0));
       } else {
-        convert_rows(a_, rows_, plan_.copies_16, stage(0));
+        convert_rows<kBy16>(a_, rows_, stage(0));
         cp_async_commit();
         cp_async_wait<0>();
-        rows_ = find_rows(a_, span, tile + 1);
+        rows_ = find_rows<kTileCells>(a_, span, tile + 1);
       }
       __syncthreads();
       issue(tile + 1 < end, span, tile + 1);
@@ -174,22 +166,9 @@ class AbsorbedBlock {
         for (float& x : out_[m][n]) x = 0.0f;
       }
     }
-    // With one stage q and the tile share it; else q takes the place that is read last.
-    const bool one_stage = !kQ8 && variant_.n_stages == 1;
-    std::byte* q = queries();
-    if constexpr (kQueryInRegisters) q = stage(kQ8 || one_stage ? 0 : stage_ ^ 1);
-    copy_queries(span, first_row, n_rows, q);
-    rows_ = find_rows(a_, span, tile);
-    if (!(kQueryInRegisters && one_stage)) issue(true, span, tile);
-    if constexpr (kQueryInRegisters) {
-      cp_async_commit();
-      cp_async_wait<0>();
-      __syncthreads();
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) load_query(q_fragments_[k], q, 0, k);
-      __syncthreads();
-      if (one_stage) issue(true, span, tile);
-    }
+    copy_queries(span, first_row, n_rows, queries());
+    rows_ = find_rows<kTileCells>(a_, span, tile);
+    issue(true, span, tile);
   }
 
   // ---- scores -----------------------------------------------------------------------------------
@@ -202,29 +181,16 @@ class AbsorbedBlock {
   __device__ void products(std::byte* cells, float (&s)[kRowTiles][kCellTiles][4]) const {
     const int matrix = lane() / 8, r = lane() % 8;
     const int cell = cell_part() * kCellTiles * 8;
-    if constexpr (kQueryInRegisters) {
-      float chains[2][4] = {};  // two warps a scheduler: four products under way hide their latency
-#pragma unroll
-      for (int k = 0; k < kSteps; k += 2) {
-        uint32_t b[4];
-        ldmatrix_x4(b, chunk_at(cells, cell + r, matrix, 2 * k));
-        mma<T>(chains[0], q_fragments_[k], {b[0], b[1]});
-        mma<T>(chains[1], q_fragments_[k + 1], {b[2], b[3]});
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) s[0][0][i] = chains[0][i] + chains[1][i];
-    } else {
 #pragma unroll 4  // the places of the swizzle repeat
-      for (int k = 0; k < kSteps; ++k) {
-        uint32_t b[4];
-        ldmatrix_x4(b, chunk_at(cells, cell + matrix / 2 * 8 + r, matrix & 1, 2 * k));
+    for (int k = 0; k < kSteps; ++k) {
+      uint32_t b[4];
+      ldmatrix_x4(b, chunk_at(cells, cell + matrix / 2 * 8 + r, matrix & 1, 2 * k));
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          uint32_t q[4];
-          load_query(q, queries(), warp() / kCellParts * 32 + m * 16, k);
-          mma<T>(s[m][0], q, {b[0], b[1]});
-          mma<T>(s[m][1], q, {b[2], b[3]});
-        }
+      for (int m = 0; m < kRowTiles; ++m) {
+        uint32_t q[4];
+        load_query(q, queries(), warp() / kCellParts * 32 + m * 16, k);
+        mma<T>(s[m][0], q, {b[0], b[1]});
+        mma<T>(s[m][1], q, {b[2], b[3]});
       }
     }
   }
@@ -372,43 +338,31 @@ class AbsorbedBlock {
   const AttentionArgs& a_;
   const AbsorbedPlan& plan_;
   const AbsorbedVariant& variant_;
-  int stage_ = 0;  // where the tile in flight goes
-  TileRows rows_;  // of the next tile to ask for
-  uint32_t q_fragments_[kQueryInRegisters ? kSteps : 1][4];
+  int stage_ = 0;              // where the tile in flight goes
+  TileRows<kTileCells> rows_;  // of the next tile to ask for
   float out_[kOutTiles][kColumnTiles][4];
   float max_[kRowTiles][2], sum_[kRowTiles][2];  // sums: of this thread's cells alone
 };
 
-template <class T, int kRows, bool kQ8>
+}  // namespace wide
+
+template <class T, bool kQ8, bool kBy16>
 __global__ void __launch_bounds__(kTileThreads, 1)
-    absorbed_kernel(const __grid_constant__ AttentionArgs a,
-                    const __grid_constant__ AbsorbedPlan plan) {
+    wide_kernel(const __grid_constant__ AttentionArgs a,
+                const __grid_constant__ AbsorbedPlan plan) {
 #if !defined(MLA_CUDA_ARCH) || MLA_CUDA_ARCH == 0 || MLA_CUDA_ARCH >= 800  // see absorbed_fits
-  constexpr int kVariant = kRows == 64 ? kWide : kNarrow;
   pdl_trigger();
-  pdl_wait();
-  const WorkEntry* entries = plan.entries + kVariant * a.n_spans;
-  const WorkEntry first = first_entries(a, entries);  // asked for together with the totals
-  const WorkTotals totals = plan.totals[kVariant];
-  const AbsorbedVariant& variant = plan.variants[kVariant];
+  const Line line = find_line(a, plan, kWide);
+  const AbsorbedVariant& variant = plan.variants[kWide];
   const int block = static_cast<int>(blockIdx.x) / variant.fold;
   const int sub = static_cast<int>(blockIdx.x) % variant.fold;
-  const int n_busy = busy_blocks(variant, totals);
-  if (block >= n_busy) return;
-  AbsorbedBlock<T, kRows, kQ8> worker(a, plan);
-  const int end = piece_begin(totals.work, n_busy, block + 1);
-  int at = piece_begin(totals.work, n_busy, block);
-  WorkEntry entry = find_work(entries, first, totals.n_entries, at);
-  while (true) {
-    const int unit = (at - entry.work_before) / entry.tiles;
-    const int tile = (at - entry.work_before) % entry.tiles;
-    const int n = min(end - at, entry.tiles - tile);
-    const int slot = (entry.units_before + unit + block) * variant.fold + sub;
-    worker.run(entry, unit, sub, tile, tile + n, slot);
-    at += n;
-    if (at >= end) return;
-    entry = find_work(entries, first_entries(a, entries), totals.n_entries, at);
-  }
+  if (idles(block, busy_blocks(variant, line.totals))) return;
+  pdl_wait();
+  wide::Block<T, kQ8, kBy16> worker(a, plan);
+  for_pieces(a, plan, kWide, line, block, [&](const WorkEntry& e, int unit, int from, int to) {
+    const int slot = (e.units_before + unit + block) * variant.fold + sub;
+    worker.run(e, unit, sub, from, to, slot);
+  });
 #endif
 }
 
