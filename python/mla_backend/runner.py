@@ -110,14 +110,12 @@ class Runner:
         shape = self._shape(pieces, self._n_candidates)
         with self._engine.lock:
             executor = self._compute(pieces, shape, cancel)
-            best = zip(*(executor.output(i).copy() for i in (1, 2, 3)), strict=True)
-            n_vocab = self._engine.config.n_vocab
-            rows: list[LogitsRow] = [
-                Candidates(ids, values, float(total[0]), n_vocab) for ids, values, total in best
-            ]
+            ids, values, totals = (executor.output(i).copy() for i in (1, 2, 3))
+            rows: list[LogitsRow] = []
             for i, is_enough in enumerate(enough):
-                if not is_enough(rows[i]):  # type: ignore[arg-type]
-                    rows[i] = executor.output(0)[i].copy()
+                total = float(totals[i, 0])
+                best = Candidates(ids[i], values[i], total, self._engine.config.n_vocab)
+                rows.append(best if is_enough(best) else executor.output(0)[i].copy())
             return rows
 
     def _compute(
