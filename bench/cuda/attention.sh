@@ -10,8 +10,9 @@ if [ "$cap" = 90 ]; then cap=90a; fi
 # Functions that the bench does not reach are dropped, with what they would need.
 flags=(-std=c++20 -O3 -Xcompiler -ffunction-sections --expt-relaxed-constexpr
   "-gencode=arch=compute_$cap,code=sm_$cap" -Icsrc)
-sources=(bench/cuda/attention_bench.cu csrc/backends/cuda/attention_{absorbed,products}.cu
-  csrc/backends/cuda/{runtime,problems}.cpp csrc/quant/format.cpp csrc/graph/{graph,tensor}.cpp)
+sources=(bench/cuda/attention_bench.cu csrc/backends/cuda/attention_{absorbed,products,batched}.cu
+  csrc/backends/cuda/{gemm,gemm_wgmma,dequantize}.cu
+  csrc/backends/cuda/{gemm_plan,tensor_map,runtime,problems}.cpp csrc/quant/format.cpp csrc/graph/{graph,tensor}.cpp)
 jobs=()
 objects=()
 for file in "${sources[@]}"; do

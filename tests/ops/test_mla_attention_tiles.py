@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from mla_backend.ops import Where
-from ops.test_mla_attention import Case, make_case
+from ops.test_mla_attention import Case, encoded, make_case
 from reference.errors import nmse
 
 # Operands of 11 bits (8 with a bf16 cache); the CPU rounds activations to 8 bits of a block.
@@ -60,6 +60,20 @@ def test_more_spans_than_a_warp_has_lanes(where: Where) -> None:
 def test_more_rows_than_a_window(where: Where) -> None:
     lengths = [(200, 210), (100, 105)]
     check(make_case((128, 8, 8, 32, 8), lengths, formats=("F16", "F16"), scale=0.1), where)
+
+
+@pytest.mark.parametrize("lengths", [[(1, 40), (9, 90), (2, 2)], [(1, 3 + i) for i in range(40)]])
+@pytest.mark.parametrize("formats", [("F16", "F16"), ("Q8_0", "F16")])
+@pytest.mark.parametrize("weights", ["F16", "Q8_0"])
+def test_products_of_many_rows(
+    where: Where, lengths: list[tuple[int, int]], formats: tuple[str, str], weights: str
+) -> None:
+    """Many tokens of many heads, where k_b and v_b are multiplied as matrices."""
+    case = make_case((64, 32, 8, 96, 24), lengths, formats=formats, scale=0.1, n_idle_tokens=2)
+    (k_b, k_numbers), (v_b, v_numbers) = encoded(case.k_b, weights), encoded(case.v_b, weights)
+    case = replace(case.in_mode("absorbed"), k_b=k_numbers, v_b=v_numbers, precision="fast")
+    bound = BOUNDS[formats[0]] if where.get("backend") == "cuda" else CPU_BOUND
+    assert nmse(case.got(where, k_b, v_b), case.want()) <= bound
 
 
 @pytest.mark.parametrize("k_b_transposed", [False, True])

@@ -82,6 +82,11 @@ void place(const AttentionArgs& a, AbsorbedPlan& plan, Pieces& pieces) {
   plan.totals = pieces.take<WorkTotals>(kVariants);
   plan.entries = pieces.take<WorkEntry>(int64_t{kVariants} * a.n_spans);
   plan.token_entry = pieces.take<int>(n_tokens);
+  if (batches_products(a)) {
+    plan.x = pieces.take<__half>(int64_t{n_tokens} * a.h * a.n);
+    plan.x_scale = pieces.take<float>(int64_t{n_tokens} * a.h);
+    plan.weights = pieces.take<__half>(int64_t{a.h} * a.c * std::max(a.n, a.v));
+  }
   for (AbsorbedVariant& v : plan.variants) {
     if (v.n_blocks == 0) continue;
     const int64_t slots = int64_t{most_units(a, v, n_tokens) + v.n_blocks} * v.fold;

@@ -14,6 +14,12 @@ AbsorbedPlan absorbed_plan(const AttentionArgs& a, const DeviceInfo& device, std
                            size_t* scratch_bytes = nullptr);
 int absorbed_window(const AttentionArgs& a);  // tokens that go through at a time
 
+// Whether the products of the node's windows are batched; the last window's too, however small.
+bool batches_products(const AttentionArgs& a);
+void launch_batched_queries(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& run);
+void launch_batched_values(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& run);
+
+// Batched where plan.x is there.
 void launch_queries(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& run);
 void launch_attend(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& run);
 void launch_values(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& run);

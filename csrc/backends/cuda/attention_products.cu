@@ -58,10 +58,12 @@ void values(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& run
 bool products_fit(const AttentionArgs& a) { return a.n <= kMaxNope && a.c <= kLatentDims; }
 
 void launch_queries(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& run) {
+  if (plan.x != nullptr) return launch_batched_queries(a, plan, run);
   operand_is_bf16(a) ? queries<__nv_bfloat16>(a, plan, run) : queries<__half>(a, plan, run);
 }
 
 void launch_values(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& run) {
+  if (plan.x != nullptr) return launch_batched_values(a, plan, run);
   operand_is_bf16(a) ? values<__nv_bfloat16>(a, plan, run) : values<__half>(a, plan, run);
 }
 

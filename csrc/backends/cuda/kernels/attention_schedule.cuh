@@ -62,7 +62,11 @@ struct AbsorbedPlan {
   WorkTotals* totals;  // [kVariants]
   WorkEntry* entries;  // [kVariants][n_spans]
   int* token_entry;    // [tokens]: row of the list of spans, or one of:
-  bool copies_16;      // rows of both planes begin at multiples of 16 bytes
+  // Of batched products, see attention_batched.cuh; else null:
+  __half* x;        // [H, tokens, N]
+  float* x_scale;   // [H, tokens]
+  __half* weights;  // [H, C, N] or [H, V, C]
+  bool copies_16;   // rows of both planes begin at multiples of 16 bytes
 };
 enum : int { kIdleToken = -1, kOtherToken = -2 };  // in no span; in one that is not absorbed
 
