@@ -108,7 +108,10 @@ def open_cuda(number: int, *, record: bool = True) -> _core.Backend:
 def device_problem(number: int) -> str:
     """Why the kernels here cannot run on this device, which the driver shows; "" where they can."""
     module = _module()
-    info = module.device_info(number)
+    try:
+        info = module.device_info(number)
+    except DeviceError as error:  # it is lost to this process
+        return str(error).removeprefix(f"cuda:{number} is ")
     return code_problem(info["name"], info["capability"], module.compiled_archs())
 
 

@@ -8,6 +8,7 @@
 #           rich, tokenizers, jinja2, ml_dtypes, psutil, msgspec and gguf.
 # WHEELS    where packages are that the interpreter lacks and the machine cannot fetch: a folder of
 #           .whl files, which are unpacked into build/cuda, or one of packages as they are.
+# JOBS      tests at a time, 6 by default, where pytest-xdist is installed.
 # SANITIZE  tools of compute-sanitizer ("memcheck racecheck initcheck"): the programs and the short
 #           list of tests run again under each.
 set -uo pipefail
@@ -81,16 +82,27 @@ for program in "$build"/cuda_test_*; do
 done
 pytest=("$PYTHON" -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning)
 split=()
-if "$PYTHON" -c 'import xdist' 2>/dev/null; then split=(-n 6); fi
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then split=(-n "${JOBS:-6}"); fi
 run "pytest, all of CUDA" pytest.log "${pytest[@]}" "${split[@]}" tests --cuda=only --durations=5 "$@"
+# The short list of operations launches every kernel, which is shown first. Faults are left out: they
+# are made on purpose.
+if [ -n "${SANITIZE:-}" ]; then
+  rm -f "$build/trace"
+  list=("${pytest[@]}" "${split[@]}" -m "not large" tests/ops tests/cuda --cuda=short
+    --ignore=tests/cuda/test_device_errors.py --ignore=tests/cuda/test_two_devices.py)
+  MLA_CUDA_TRACE=$build/trace run "pytest, the short list" short.log "${list[@]}"
+  run "every kernel is launched" coverage.log \
+    "$PYTHON" tests/cuda/kernel_coverage.py "$(ls "$build"/_cuda.*.so)" "$build/trace"
+fi
 for tool in ${SANITIZE:-}; do
   check=(compute-sanitizer --tool "$tool" --error-exitcode 9)
   for program in "$build"/cuda_test_*; do
+    [ "$(basename "$program")" = cuda_test_faults ] && continue
     LIMIT=600 run "$tool: $(basename "$program")" "$tool-$(basename "$program").log" \
       "${check[@]}" "$program"
   done
   run "$tool: pytest, the short list" "$tool-pytest.log" \
-    "${check[@]}" --target-processes all "${pytest[@]}" tests --cuda=short "$@"
+    "${check[@]}" --target-processes all "${list[@]}"
 done
 
 # ---- summary ------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 #include "backends/cuda/runtime.h"
 
 #include <cstdlib>
+#include <fstream>
 
 #include "backends/cuda/problems.h"
 #include "base/error.h"
@@ -290,6 +291,19 @@ void abandon_recording(Stream stream) noexcept {
 
 // ---- launches -----------------------------------------------------------------------------------
 
+namespace {
+
+// For tests: MLA_CUDA_TRACE names a file that gets the name of each kernel that is launched.
+void trace(const void* kernel) {
+  static const char* const path = std::getenv("MLA_CUDA_TRACE");
+  if (path == nullptr) return;
+  const char* name = nullptr;
+  check(cudaFuncGetName(&name, kernel), "asking for a kernel's name");
+  std::ofstream(path, std::ios::app) << name << std::endl;
+}
+
+}  // namespace
+
 void launch_kernel(const CudaRun& run, const void* kernel, dim3 grid, dim3 block,
                    size_t dynamic_smem_bytes, void** params) {
   if (dynamic_smem_bytes > kUnaskedSmemBytes) {
@@ -297,6 +311,7 @@ void launch_kernel(const CudaRun& run, const void* kernel, dim3 grid, dim3 block
                                static_cast<int>(dynamic_smem_bytes)),
           "asking for shared memory");
   }
+  trace(kernel);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

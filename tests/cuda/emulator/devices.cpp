@@ -47,7 +47,7 @@ size_t device_total_bytes() {
 
 void note_launch(const std::string& kernel) {
   check_device();
-  if (const char* path = std::getenv("MLA_EMULATOR_TRACE")) {
+  if (const char* path = std::getenv("MLA_CUDA_TRACE")) {
     std::ofstream(path, std::ios::app) << kernel << '\n';
   }
   if (setting("MLA_EMULATOR_NO_CODE", 0) != 0) cuda::throw_no_code(cuda::device_info(in_use));

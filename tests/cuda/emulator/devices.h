@@ -7,7 +7,7 @@
 //   MLA_EMULATOR_LOST_AFTER      launches after which a device faults at the next one
 //   MLA_EMULATOR_NO_CODE         1: the module has no code for the device
 //   MLA_EMULATOR_LATE            1: work is done when somebody waits for it, and no sooner
-//   MLA_EMULATOR_TRACE           a file that gets the name of each kernel that is launched
+//   MLA_CUDA_TRACE               a file that gets the name of each kernel that is launched
 #pragma once
 
 #include <cstddef>
