@@ -19,6 +19,13 @@ struct CachePlane {
   int width;
 };
 
+// The rotation of q_rope, where attention takes it over (fusion.h).
+struct QueryRotation {
+  const std::byte *positions, *frequencies;  // null: it has been done
+  int64_t position_stride, frequency_stride;
+  float scale;
+};
+
 // By value to kernels.
 struct AttentionArgs {
   int t, h, n, r, c, v;
@@ -29,6 +36,8 @@ struct AttentionArgs {
   bool spans_given;
   bool q_fours;         // whole groups of q_nope, in 16-byte pieces
   View q_nope, q_rope;  // [T, H, N], [T, H, R] in dims 1, 2, 3
+  QueryRotation rotation;
+  bool queries_wait_last;  // their kernel, see Overlap
   CachePlane latent, rope;
   int64_t n_cells;  // of the cache
   View k_b, v_b;    // [H, C, N] (transposed: [H, N, C]), [H, V, C] in dims 1, 2, 3; packed rows
@@ -41,7 +50,11 @@ struct AttentionArgs {
   float* out;  // [T, H, V], contiguous
 };
 AttentionArgs attention_args(const Node& node, const Step* step);  // without a step: no memory
+void set_rotation(AttentionArgs& args, const Step& rope);
 inline AttentionArgs attention_args(const Step& step) { return attention_args(*step.node, &step); }
+
+// Whether the step rotates its queries itself, and its first kernel can wait last.
+bool attention_takes_rope(const Node& node, const DeviceInfo& device);
 
 // attention_exact.cu: float32 throughout, every cache format and stride. spans: those to compute;
 // where they are not the expanded ones alone, tokens in no span become zeros as well.

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 
+#include "backends/cuda/gemm_wgmma.h"
 #include "backends/cuda/kernels/attention_narrow.cuh"
+#include "backends/cuda/kernels/attention_warpgroups.cuh"
 #include "backends/cuda/kernels/attention_wide.cuh"
 
 namespace mla::cuda {
@@ -43,6 +45,22 @@ AbsorbedVariant narrow_variant(const AttentionArgs& a, const DeviceInfo& device)
   return v;
 }
 
+bool begins_at(const void* p, int64_t stride, int bytes) {
+  return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0 && stride % bytes == 0;
+}
+bool copies_16(const AttentionArgs& a) {
+  return begins_at(a.latent.data, a.latent.cell_bytes, 16) && latent_bytes(a) % 16 == 0 &&
+         begins_at(a.rope.data, a.rope.cell_bytes, 16) && 2 * a.r % 16 == 0;
+}
+
+// The copy engine takes rows that begin at multiples of 16 bytes, a tile out of one block of the
+// table.
+bool runs_on_warpgroups(const AttentionArgs& a, const DeviceInfo& device) {
+  return !is_q8(a) && copies_16(a) && a.block_cells % warpgroups::kTileCells == 0 &&
+         device.smem_per_block >= static_cast<size_t>(warpgroups::kWideSmemBytes) &&
+         has_wgmma(device);
+}
+
 AbsorbedVariant wide_variant(const AttentionArgs& a, const DeviceInfo& device) {
   const bool q8 = is_q8(a);
   const auto bytes = [&](int n) { return wide::smem_bytes(q8, n); };
@@ -53,6 +71,7 @@ AbsorbedVariant wide_variant(const AttentionArgs& a, const DeviceInfo& device) {
   v.n_stages = q8 ? stages_that_fit({1, 0}, device, bytes) : stages_that_fit({2, 1}, device, bytes);
   v.fold = a.h % v.rows == 0 ? std::clamp(a.h / v.rows, 1, std::max(device.n_sm, 1)) : 1;
   v.n_blocks = std::max(device.n_sm / v.fold, 1);
+  v.aligned = runs_on_warpgroups(a, device);
   return v;
 }
 
@@ -95,12 +114,23 @@ void place(const AttentionArgs& a, AbsorbedPlan& plan, Pieces& pieces) {
   }
 }
 
-bool begins_at(const void* p, int64_t stride, int bytes) {
-  return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0 && stride % bytes == 0;
+TensorMap plane_map(const AttentionArgs& a, const CachePlane& plane) {
+  MatrixLayout rows;
+  rows.data = plane.data;
+  rows.n_matrices = 1;
+  rows.n_rows = a.n_cells;
+  rows.n_columns = plane.width;
+  rows.row_stride = plane.cell_bytes / 2;
+  const Operand operand = operand_is_bf16(a) ? Operand::bf16 : Operand::f16;
+  return tensor_map(rows, operand, warpgroups::kTileCells);
 }
-bool copies_16(const AttentionArgs& a) {
-  return begins_at(a.latent.data, a.latent.cell_bytes, 16) && latent_bytes(a) % 16 == 0 &&
-         begins_at(a.rope.data, a.rope.cell_bytes, 16) && 2 * a.r % 16 == 0;
+
+template <class T>
+void attend_on_warpgroups(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& run) {
+  const AbsorbedVariant& v = plan.variants[kWide];
+  launch(run, warpgroups_kernel<T>, dim3(static_cast<unsigned>(v.n_blocks * v.fold)),
+         dim3(warpgroups::kWideThreads), static_cast<size_t>(warpgroups::kWideSmemBytes), a, plan,
+         plane_map(a, a.latent), plane_map(a, a.rope));
 }
 
 template <class T, bool kQ8>
@@ -115,6 +145,7 @@ void attend(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& run
   const bool by_16 = plan.copies_16;
   run_variant(by_16 ? narrow_kernel<T, kQ8, true> : narrow_kernel<T, kQ8, false>, few,
               narrow::smem_bytes(kQ8));
+  if (many.n_blocks > 0 && many.aligned) return attend_on_warpgroups<T>(a, plan, run);
   run_variant(by_16 ? wide_kernel<T, kQ8, true> : wide_kernel<T, kQ8, false>, many,
               wide::smem_bytes(kQ8, many.n_stages));
 }
@@ -176,12 +207,15 @@ void launch_attend(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaR
 }
 
 void attention_absorbed(const Step& step, const CudaRun& run) {
-  const AttentionArgs a = attention_args(step);
+  AttentionArgs a = attention_args(step);
+  if (run.neighbours.rope != nullptr) set_rotation(a, *run.neighbours.rope);
+  a.queries_wait_last = run.overlap == Overlap::waits_last;
   AbsorbedPlan plan = absorbed_plan(a, run.device, run.scratch);
   const int window = absorbed_window(a);
   for (; plan.first_token < a.t; plan.first_token += window) {
     plan.end_token = std::min(plan.first_token + window, a.t);
     launch_queries(a, plan, run);
+    a.queries_wait_last = false;
     launch_attend(a, plan, run);
     launch_values(a, plan, run);
   }

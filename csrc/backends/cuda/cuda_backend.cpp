@@ -172,14 +172,22 @@ Tensor CudaBackend::constant_view(const Buffer& uploaded, const Layout& whole, c
 
 void CudaBackend::run(std::span<const Step> steps, const Buffer& scratch,
                       const Checkpoint& checkpoint) {
+  std::vector<Launch> launches(steps.size());
+  for (size_t i = 0; i < steps.size(); ++i) launches[i].step = &steps[i];
+  run(launches, scratch, checkpoint);
+}
+
+void CudaBackend::run(std::span<const Launch> launches, const Buffer& scratch,
+                      const Checkpoint& checkpoint) {
   use_device(device_.index);
-  const CudaRun run{device_, stream_, scratch.data.get()};
-  for (const Step& step : steps) {
+  for (const Launch& launch : launches) {
     checkpoint();
+    const Step& step = *launch.step;
     if (step.node == nullptr) {
       copy(step.out, step.in[0]);
     } else {
-      find(step.node->op)->run(step, run);
+      find(step.node->op)
+          ->run(step, {device_, stream_, scratch.data.get(), launch.neighbours, launch.overlap});
     }
   }
 }

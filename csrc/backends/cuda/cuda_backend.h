@@ -4,6 +4,7 @@
 #include <memory>
 #include <string>
 
+#include "backends/cuda/fusion.h"
 #include "backends/cuda/runtime.h"
 #include "backends/cuda/staging.h"
 #include "exec/backend.h"
@@ -38,6 +39,9 @@ class CudaBackend final : public Backend {
   bool reaches(const Backend& other) const override;
   std::unique_ptr<Mark> make_mark() override;
   void follow(const Mark& mark) override;
+
+  // As run(), of steps that fuse() has made launches of.
+  void run(std::span<const Launch> launches, const Buffer& scratch, const Checkpoint& checkpoint);
 
   bool records() const { return record_; }
   Stream stream() const { return stream_; }

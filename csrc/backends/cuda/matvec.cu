@@ -9,10 +9,10 @@
 namespace mla::cuda {
 namespace {
 
-// Two blocks of at most 85 registers a thread leave a third of a multiprocessor to those of the
-// next kernel.
-constexpr int kBlocksPerSm = 2;
-constexpr size_t kMostStaged = size_t{96} << 10;
+constexpr int kBlocksPerSm = 1;  // the larger a block, the less often x is staged
+constexpr int kMostSlots = 32;   // a warp keeps the experts of a token, one in each lane
+
+int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 bool takes_quantized(const Weight& w) {
   return traits(w.format).quantized && !w.transposed && w.row_stride >= 0;
@@ -20,36 +20,109 @@ bool takes_quantized(const Weight& w) {
 
 int rows_of_x(const Product& p) { return p.routed && !p.slots_share_x() ? p.extent[2] : 1; }
 
+bool x_fits(const Product& p) {
+  const int64_t strides[4] = {0, 0, 0, p.x_step};
+  if (rows_of_x(p) > 1 && p.x_stride[2] != p.k * p.x_step) return false;
+  return p.x_format == Format::F32 && fours_are_aligned(p.x, p.x_format, strides);
+}
+
+bool norm_fits(const Norm& norm) {
+  return !norm.used || (norm.weight != nullptr && norm.weight_stride == int64_t{sizeof(float)} &&
+                        reinterpret_cast<uintptr_t>(norm.weight) % 16 == 0);
+}
+
+int smem_bytes(const MatVec& m, const MatVecKernel& kernel) {
+  const int parts = m.weights != nullptr ? 2 * m.pairs_per_block * m.n_slots : 0;
+  return m.n_x * staged_bytes(m.k) + kMatVecWarps * kernel.warp_bytes +
+         (m.n_x * m.k + parts) * static_cast<int>(sizeof(float));
+}
+
+void set_x(MatVec& m, const Product& p) {
+  m.x = reinterpret_cast<const float*>(p.x);
+  m.n_x = rows_of_x(p);
+  m.k = p.k;
+  m.norm = p.norm;
+}
+
+void set_weights(MatVec& m, const Product& p, const MatVecKernel& kernel) {
+  const int n_blocks = p.k / static_cast<int>(traits(p.w.format).block_elems);
+  m.w[0] = p.w.data;
+  m.w[1] = p.swiglu ? p.up.data : p.w.data;
+  m.matrix_stride = p.w.matrix_stride[1];
+  m.row_bytes = static_cast<int>(p.w.row_stride);
+  m.n = p.n;
+  m.planes = kernel.planes(n_blocks);
+  m.n_segments = divide_up(n_blocks, kernel.segment_blocks);
+  m.n_pieces = n_blocks * kernel.block_pieces;
+}
+
+void set_routing(MatVec& m, const Product& p) {
+  if (!p.routed) return;
+  m.ids = reinterpret_cast<const int32_t*>(p.ids);
+  m.id_stride = p.id_stride[1] / int64_t{sizeof(int32_t)};
+  m.n_slots = p.summed ? p.n_slots : p.extent[2];
+  m.n_experts = p.n_experts;
+  if (!p.summed) return;
+  m.weights = reinterpret_cast<const float*>(p.weights);
+  m.weight_stride = p.weight_stride[1] / int64_t{sizeof(float)};
+}
+
+// How the work is divided. Where slots are summed, a block has some pairs of all of them.
+int divide(MatVec& m, const Product& p, const DeviceInfo& device) {
+  const int most = kBlocksPerSm * device.n_sm;
+  m.n_pairs = p.swiglu ? p.n : divide_up(p.n, 2);
+  m.pair_bytes = (p.swiglu ? 1 : 2) * m.row_bytes;
+  if (p.summed) {
+    m.pairs_per_block = std::min(divide_up(m.n_pairs, most), kMatVecThreads / 2);
+    m.units_per_warp = divide_up(m.pairs_per_block * m.n_slots, kMatVecWarps);
+    return divide_up(m.n_pairs, m.pairs_per_block);
+  }
+  const int n_units = m.n_pairs * m.n_slots;
+  m.units_per_warp = divide_up(n_units, most * kMatVecWarps);
+  return std::min(divide_up(n_units, m.units_per_warp), most);
+}
+
+MatVec make_matvec(const Product& p, const DeviceInfo& device, int* n_blocks) {
+  MatVec m;
+  set_x(m, p);
+  set_weights(m, p, product_kernels(p.w.format).matvec);
+  set_routing(m, p);
+  m.residual = p.has_residual ? reinterpret_cast<const float*>(p.residual) : nullptr;
+  m.residual_step = p.residual_step / int64_t{sizeof(float)};
+  m.out = p.out;
+  m.swiglu = p.swiglu;
+  *n_blocks = divide(m, p, device);
+  return m;
+}
+
+bool halves_match(const Product& p) {
+  return !p.swiglu ||
+         (p.up.format == p.w.format && takes_quantized(p.up) && p.up.row_stride == p.w.row_stride &&
+          p.up.matrix_stride[1] == p.w.matrix_stride[1]);
+}
+
 }  // namespace
 
 bool matvec_fits(const Product& p, const DeviceInfo& device) {
-  if (p.k == 0 || !takes_quantized(p.w)) return false;
-  if (p.swiglu && (p.up.format != p.w.format || !takes_quantized(p.up))) return false;
-  if (p.extent[0] != 1 || p.extent[1] != 1 || (p.routed ? p.extent[2] == 0 : p.extent[2] != 1)) {
+  if (p.k == 0 || !takes_quantized(p.w) || !halves_match(p)) return false;
+  if (p.extent[0] != 1 || p.extent[1] != 1 || p.extent[2] == 0 || p.extent[2] > kMostSlots) {
     return false;
   }
-  if (p.n_matrices[0] * p.n_matrices[1] != 1 && !p.routed) return false;
-  const size_t staged = static_cast<size_t>(rows_of_x(p)) * static_cast<size_t>(staged_bytes(p.k));
-  return staged <= std::min(kMostStaged, device.smem_per_block);
+  if (!p.routed && (p.extent[2] != 1 || p.n_matrices[0] * p.n_matrices[1] != 1)) return false;
+  if (!x_fits(p) || !norm_fits(p.norm) || (p.summed && p.n_slots == 0)) return false;
+  int n_blocks = 0;
+  const MatVec m = make_matvec(p, device, &n_blocks);
+  return static_cast<size_t>(smem_bytes(m, product_kernels(p.w.format).matvec)) <=
+         device.smem_per_block;
 }
 
-void run_matvec(const CudaRun& run, const Product& p, Finish finish) {
-  const ProductKernels& kernels = product_kernels(p.w.format);
-  const int64_t n_blocks = p.k / traits(p.w.format).block_elems;
-  MatVec m;
-  m.product = p;
-  m.finish = finish;
-  const int64_t strides[4] = {p.x_stride[0], p.x_stride[1], p.x_stride[2], p.x_step};
-  m.fours = fours_are_aligned(p.x, p.x_format, strides);
-  m.n_x = rows_of_x(p);
-  m.items_per_slot = p.swiglu ? p.n : (p.n + 1) / 2;
-  m.n_items = m.items_per_slot * (p.routed && !p.summed ? p.extent[2] : 1);
-  m.n_pieces = static_cast<int>(n_blocks) * kernels.block_pieces;
-  m.planes = kernels.planes_at(n_blocks);
-  const int most = kBlocksPerSm * run.device.n_sm;
-  const int blocks = std::min((m.n_items + kMatVecWarps - 1) / kMatVecWarps, most);
-  launch(run, kernels.matvec, dim3(static_cast<unsigned>(blocks)), dim3(kMatVecThreads),
-         static_cast<size_t>(m.n_x) * static_cast<size_t>(staged_bytes(p.k)), m);
+void run_matvec(const CudaRun& run, const Product& p) {
+  const MatVecKernel& kernel = product_kernels(p.w.format).matvec;
+  int n_blocks = 0;
+  MatVec m = make_matvec(p, run.device, &n_blocks);
+  m.waits_last = run.overlap == Overlap::waits_last;
+  launch(run, kernel.kernel, dim3(static_cast<unsigned>(n_blocks)), dim3(kMatVecThreads),
+         static_cast<size_t>(smem_bytes(m, kernel)), m);
 }
 
 }  // namespace mla::cuda

@@ -129,6 +129,29 @@ Product swiglu_matmul_product(const Step& step) {
   return p;
 }
 
+Product product_of(const Step& step) {
+  switch (step.node->op) {
+    case Op::matmul:
+      return matmul_product(step);
+    case Op::matmul_indexed:
+      return matmul_indexed_product(step);
+    default:
+      return swiglu_matmul_product(step);
+  }
+}
+
+Precision product_precision(const Step& step) { return step.node->attr<MatmulAttrs>().precision; }
+
+void take_norm(Product& p, const Step& norm) {
+  const Tensor& x = norm.in[0];
+  set_x(p, x);
+  std::ranges::fill(p.x_stride, 0);  // there is one row
+  p.norm.used = true;
+  p.norm.eps = norm.node->attr<RmsNormAttrs>().eps;
+  p.norm.weight = norm.in[1].data;
+  p.norm.weight_stride = norm.in[1].stride[3];
+}
+
 Step step_without_memory(const Node& node) {
   Step step;
   step.node = &node;

@@ -24,12 +24,21 @@ struct Weight {
   bool transposed = false;  // quantized rows that run along N: contracted across them
 };
 
+// x is taken by its RMS norm along k: x / sqrt(mean(x^2) + eps) * weight.
+struct Norm {
+  bool used = false;
+  float eps = 0.0f;
+  const std::byte* weight = nullptr;  // float32, constant; null: ones
+  int64_t weight_stride = 0;
+};
+
 struct Product {
   int extent[3] = {1, 1, 1};
   const std::byte* x = nullptr;
   Format x_format = Format::F32;
   int64_t x_stride[3] = {0, 0, 0};
   int64_t x_step = 0;
+  Norm norm;  // of a single row of x alone
 
   Weight w, up;  // up: swiglu alone
   bool swiglu = false;
@@ -73,10 +82,20 @@ enum class Finish : uint8_t {
 Product matmul_product(const Step& step);
 Product matmul_indexed_product(const Step& step);
 Product swiglu_matmul_product(const Step& step);
+// Of any of the three.
+Product product_of(const Step& step);
+Precision product_precision(const Step& step);
+// x as it is before `norm`, of which it has been the result.
+void take_norm(Product& product, const Step& norm);
+// Whether the kernels of a step do that, with a norm of this row.
+bool product_takes_norm(const Step& step, const Step& norm, const DeviceInfo& device);
+// Whether a step is one kernel that can wait last (Overlap), and takes no scratch.
+bool product_waits_last(const Step& step, const DeviceInfo& device);
 Step step_without_memory(const Node& node);  // for what depends on shapes alone
 
 std::string_view weight_refusal(const Node* w);
 size_t product_scratch_bytes(const Product& product, Precision precision, const DeviceInfo& device);
 void run_product(const CudaRun& run, const Product& product, Precision precision);
+void run_product(const Step& step, const CudaRun& run);
 
 }  // namespace mla::cuda

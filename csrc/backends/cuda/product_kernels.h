@@ -8,6 +8,7 @@ namespace mla::cuda {
 
 struct ExactRun {
   Finish finish = Finish::store;
+  bool waits_last = false;  // see Overlap
   bool fours = false;   // x and w may be read four neighbours at a time
   int split = 1;        // warps that divide k
   int n_row_tiles = 1;  // of each matrix
@@ -25,9 +26,7 @@ struct ProductKernels {
   int stage_bytes = 0;  // of a warp's ring
   int unit = 0;         // of k
 
-  void (*matvec)(MatVec) = nullptr;  // null for plain formats
-  PlanesAt (*planes_at)(int64_t n_blocks) = nullptr;
-  int block_pieces = 0;  // of 16 bytes, in the first plane of a block
+  MatVecKernel matvec;
 };
 
 const ProductKernels& product_kernels(Format format);

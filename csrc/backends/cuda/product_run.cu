@@ -67,17 +67,50 @@ void run_exact(const CudaRun& run, const Product& p, Finish finish) {
   const int64_t n_matrices = p.routed ? p.n_results() : int64_t{p.n_matrices[0]} * p.n_matrices[1];
   ExactRun r;
   r.finish = finish;
-  r.fours = p.k % 4 == 0 && fours_are_aligned(p.x, p.x_format, x_strides) &&
+  r.waits_last = run.overlap == Overlap::waits_last;
+  const bool x_in_fours = p.norm.used || fours_are_aligned(p.x, p.x_format, x_strides);
+  r.fours = p.k % 4 == 0 && x_in_fours &&
             (traits(p.w.format).quantized || fours_are_aligned(p.w.data, p.w.format, w_strides));
   r.split = (p.routed ? p.n : n_matrices * p.n) <= kNarrow ? kExactWarps : 1;
   r.n_row_tiles = p.routed ? 1 : static_cast<int>((p.rows_per_matrix() + n_rows - 1) / n_rows);
   const int columns = kExactWarps / r.split * (many ? kernels.columns : 1);
   const int64_t blocks = n_matrices * r.n_row_tiles * ((p.n + columns - 1) / columns);
+  const size_t staged = p.norm.used ? sizeof(float) * static_cast<size_t>(p.k) : 0;
   launch(run, many ? kernels.exact_many : kernels.exact_one, dim3(static_cast<unsigned>(blocks)),
-         dim3(kExactThreads), 0, p, r);
+         dim3(kExactThreads), staged, p, r);
+}
+
+// A block for each column of one row, or the norm would be taken too often.
+bool exact_takes_norm(const Product& p, const DeviceInfo& device) {
+  return !p.w.transposed && !p.swiglu && p.n <= kNarrow &&
+         sizeof(float) * static_cast<size_t>(p.k) <= device.smem_per_block / 4;
 }
 
 }  // namespace
+
+bool product_takes_norm(const Step& step, const Step& norm, const DeviceInfo& device) {
+  const bool constant =
+      norm.in[1].data == nullptr || root_of(norm.node->input(1)).node->op == Op::weight;
+  Product p = product_of(step);
+  take_norm(p, norm);
+  const int64_t n_rows_of_x = p.slots_share_x() ? 1 : p.n_rows();
+  if (!constant || n_rows_of_x != 1 || norm.out.shape.n_elems() != p.k) return false;
+  switch (path_of(p, product_precision(step), device)) {
+    case Path::matvec:
+      return true;
+    case Path::exact:
+      return exact_takes_norm(p, device);
+    default:
+      return false;
+  }
+}
+
+bool product_waits_last(const Step& step, const DeviceInfo& device) {
+  const Product p = product_of(step);
+  if (p.n_results() * p.n == 0) return false;
+  const Path path = path_of(p, product_precision(step), device);
+  return path == Path::matvec || (path == Path::exact && !p.w.transposed && !p.swiglu);
+}
 
 size_t product_scratch_bytes(const Product& p, Precision precision, const DeviceInfo& device) {
   if (p.n_results() * p.n == 0) return 0;
@@ -87,7 +120,10 @@ size_t product_scratch_bytes(const Product& p, Precision precision, const Device
                      small_batch_scratch_bytes(half(p, true), device));
   }
   const Path path = path_of(p, precision, device);
-  if (path == Path::small_batch) bytes = std::max(bytes, small_batch_scratch_bytes(p, device));
+  // Where x turns out to lie at an odd address, a product of one row runs as one of few.
+  if (path == Path::small_batch || (path == Path::matvec && small_batch_fits(p, device))) {
+    bytes = std::max(bytes, small_batch_scratch_bytes(p, device));
+  }
   // Plain weights may turn out to lie at odd addresses.
   const bool plain = !traits(p.w.format).quantized || (p.swiglu && !traits(p.up.format).quantized);
   if (path == Path::gemm || (plain && path == Path::small_batch && product_gemm_fits(p))) {
@@ -105,7 +141,7 @@ void run_product(const CudaRun& run, const Product& p, Precision precision) {
   }
   switch (path_of(p, precision, run.device)) {
     case Path::matvec:
-      return run_matvec(run, p, Finish::store);
+      return run_matvec(run, p);
     case Path::small_batch:
       return run_small_batch(run, p, Finish::store);
     case Path::gemm:
@@ -114,6 +150,12 @@ void run_product(const CudaRun& run, const Product& p, Precision precision) {
       run_exact(run, half(p, false), Finish::store);
       if (p.swiglu) run_exact(run, half(p, true), Finish::multiply);
   }
+}
+
+void run_product(const Step& step, const CudaRun& run) {
+  Product p = product_of(step);
+  if (run.neighbours.norm != nullptr) take_norm(p, *run.neighbours.norm);
+  run_product(run, p, product_precision(step));
 }
 
 }  // namespace mla::cuda

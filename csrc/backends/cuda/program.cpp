@@ -8,7 +8,7 @@ namespace mla::cuda {
 // prompts come once. It also loads the kernels, which cannot be done while recording.
 void CudaProgram::run(const Checkpoint& checkpoint) {
   if (!backend_.records() || n_runs_++ == 0) {
-    backend_.run(steps_, scratch_, checkpoint);
+    backend_.run(launches_, scratch_, checkpoint);
     return;
   }
   checkpoint();
@@ -20,7 +20,7 @@ void CudaProgram::run(const Checkpoint& checkpoint) {
 void CudaProgram::record() {
   begin_recording(backend_.stream());
   try {
-    backend_.run(steps_, scratch_, [] {});
+    backend_.run(launches_, scratch_, [] {});
   } catch (const std::exception&) {
     abandon_recording(backend_.stream());
     throw;

@@ -8,14 +8,14 @@ namespace mla::cuda {
 class CudaProgram final : public Program {
  public:
   CudaProgram(CudaBackend& backend, std::span<const Step> steps, Buffer scratch)
-      : backend_(backend), steps_(steps), scratch_(std::move(scratch)) {}
+      : backend_(backend), launches_(fuse(steps, backend.device())), scratch_(std::move(scratch)) {}
   void run(const Checkpoint& checkpoint) override;
 
  private:
   void record();
 
   CudaBackend& backend_;
-  std::span<const Step> steps_;
+  std::vector<Launch> launches_;
   Buffer scratch_;
   RecordedGraph graph_;
   int n_runs_ = 0;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -19,6 +20,10 @@ using Stream = cudaStream_t;
 }
 #endif
 
+namespace mla {
+struct Step;
+}
+
 namespace mla::cuda {
 
 struct DeviceInfo {
@@ -32,11 +37,26 @@ struct DeviceInfo {
   int capability() const { return 10 * major + minor; }
 };
 
+// When a kernel waits for those ahead of it.
+enum class Overlap : uint8_t {
+  waits_first,  // before it touches what they write
+  waits_last,   // at its end: the one ahead of it writes nothing that it reads or writes, and has
+                // waited for all before
+};
+
+// Steps before an operation that its kernels do as well; null: none. See fusion.h.
+struct Neighbours {
+  const Step* norm = nullptr;  // of its row
+  const Step* rope = nullptr;  // of its queries, or of its keys
+};
+
 // What an operation needs to enqueue its kernels.
 struct CudaRun {
   const DeviceInfo& device;
   Stream stream;
   std::byte* scratch;
+  Neighbours neighbours = {};
+  Overlap overlap = Overlap::waits_first;
 };
 
 // ---- devices ------------------------------------------------------------------------------------

@@ -24,12 +24,11 @@ def attention(ctx: LayerContext, x: _core.Node, residual: _core.Node) -> _core.N
     latent, heads = config.kv_lora_rank, config.n_head
     mscale = rope_mscale(config)
 
-    q = _queries(ctx, x)  # [T, H, N + R]
+    q, kv = _projections(ctx, x)  # [T, H, N + R], [T, C + R]
     q_nope = g.slice(q, 2, 0, config.d_nope)
     q_rope = g.slice(q, 2, config.d_nope, config.d_key)
     q_rope = g.rope(q_rope, ctx.leaves.positions, ctx.leaves.frequencies, mscale)
 
-    kv = ctx.linear(x, "attn_kv_a_mqa.weight")  # [T, C + R]
     c = ctx.norm(g.slice(kv, 1, 0, latent), "attn_kv_a_norm.weight", config.latent_rms_eps)
     k_rope = g.slice(kv, 1, latent, config.d_cache)
     k_rope = g.rope(k_rope, ctx.leaves.positions, ctx.leaves.frequencies, mscale)
@@ -63,15 +62,18 @@ def attention(ctx: LayerContext, x: _core.Node, residual: _core.Node) -> _core.N
     return ctx.linear(flat, "attn_output.weight", residual)
 
 
-def _queries(ctx: LayerContext, x: _core.Node) -> _core.Node:
+def _projections(ctx: LayerContext, x: _core.Node) -> tuple[_core.Node, _core.Node]:
+    """The larger product of x comes first: a device runs the other beside it."""
     config = ctx.config
     if config.q_lora_rank is None:
         q = ctx.linear(x, "attn_q.weight")
+        kv = ctx.linear(x, "attn_kv_a_mqa.weight")
     else:
         q_a = ctx.linear(x, "attn_q_a.weight")
+        kv = ctx.linear(x, "attn_kv_a_mqa.weight")
         q_a = ctx.norm(q_a, "attn_q_a_norm.weight", config.latent_rms_eps)
         q = ctx.linear(q_a, "attn_q_b.weight")
-    return ctx.graph.reshape(q, [q.shape[0], config.n_head, config.d_key])
+    return ctx.graph.reshape(q, [q.shape[0], config.n_head, config.d_key]), kv
 
 
 def _observed(

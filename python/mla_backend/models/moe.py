@@ -15,26 +15,29 @@ def feed_forward(ctx: LayerContext, x: _core.Node, residual: _core.Node) -> _cor
     """x [T, D] (normed) -> residual + ffn(x) [T, D]."""
     moe = ctx.config.moe
     if moe is None or ctx.layer < ctx.config.n_layer_dense:
-        return _dense(ctx, "", x, residual)
-    if moe.n_expert_shared:
-        residual = _dense(ctx, "_shexp", x, residual)
-    return _routed(ctx, moe, x, residual)
+        return _down(ctx, "", _gate_up(ctx, "", x), residual)
+    return _mixture(ctx, moe, x, residual)
 
 
-def _dense(ctx: LayerContext, suffix: str, x: _core.Node, residual: _core.Node) -> _core.Node:
+def _gate_up(ctx: LayerContext, suffix: str, x: _core.Node) -> _core.Node:
     ctx.observe(x, f"ffn_gate{suffix}.weight", f"ffn_up{suffix}.weight")
     with ctx.beside(f"ffn_gate{suffix}.weight"):
-        hidden = ctx.graph.swiglu_matmul(
+        return ctx.graph.swiglu_matmul(
             x,
             ctx.weight(f"ffn_gate{suffix}.weight"),
             ctx.weight(f"ffn_up{suffix}.weight"),
             precision=ctx.precision,
         )
+
+
+def _down(ctx: LayerContext, suffix: str, hidden: _core.Node, residual: _core.Node) -> _core.Node:
     return ctx.linear(hidden, f"ffn_down{suffix}.weight", residual)
 
 
-def _routed(ctx: LayerContext, moe: MoeConfig, x: _core.Node, residual: _core.Node) -> _core.Node:
+def _mixture(ctx: LayerContext, moe: MoeConfig, x: _core.Node, residual: _core.Node) -> _core.Node:
+    """Shared experts stand between the steps of the routed ones, which do not wait for them."""
     g = ctx.graph
+    shared = _gate_up(ctx, "_shexp", x) if moe.n_expert_shared else None
     ctx.observe(x, "ffn_gate_inp.weight")
     # The choice of experts is a cliff: its products are never rounded, whatever the precision.
     logits = g.matmul(x, ctx.weight("ffn_gate_inp.weight"), precision="exact")
@@ -58,6 +61,8 @@ def _routed(ctx: LayerContext, moe: MoeConfig, x: _core.Node, residual: _core.No
             ids,
             ctx.precision,
         )  # [T, A, F]
+    if shared is not None:
+        residual = _down(ctx, "_shexp", shared, residual)
     ctx.observe(hidden, "ffn_down_exps.weight", ids=ids)
     with ctx.beside("ffn_down_exps.weight"):
         return g.matmul_indexed(

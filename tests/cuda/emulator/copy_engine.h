@@ -52,6 +52,17 @@ inline void barrier_wait(SharedAddress barrier, uint32_t parity) {
   while (emulated_barrier(barrier).parity == parity) emulator::yield();
 }
 
+// ---- copies of bytes ----------------------------------------------------------------------------
+
+inline void copy_bytes(SharedAddress smem, const void* global, int n, SharedAddress barrier) {
+  const auto addresses = reinterpret_cast<uintptr_t>(smem) | reinterpret_cast<uintptr_t>(global);
+  if ((addresses | static_cast<uintptr_t>(n)) % 16 != 0) emulator::fail("copy_bytes: unaligned");
+  std::memcpy(smem, global, static_cast<size_t>(n));
+  EmulatedBarrier& b = emulated_barrier(barrier);
+  b.bytes -= n;
+  end_phase_if_complete(b);
+}
+
 // ---- copies of boxes ----------------------------------------------------------------------------
 
 inline void prefetch_map(const TensorMap*) {}

@@ -14,6 +14,8 @@
 #include "backends/cuda/kernels/attention_operand.cuh"
 #include "backends/cuda/kernels/attention_schedule.cuh"
 #include "backends/cuda/kernels/attention_weights.cuh"
+#include "backends/cuda/kernels/elements.cuh"
+#include "backends/cuda/kernels/math.cuh"
 
 namespace mla::cuda {
 
@@ -48,6 +50,14 @@ __device__ inline float dot_group(const float (&w)[kGroup], const float* x) {
   return sum;
 }
 
+// The queries need nothing of a write to the cache: beside one they wait at their end.
+__device__ inline void queries_begin(const AttentionArgs& a) {
+  a.queries_wait_last ? pdl_release() : pdl_wait();
+}
+__device__ inline void queries_end(const AttentionArgs& a) {
+  if (a.queries_wait_last) pdl_wait();
+}
+
 struct QueryTile {
   int head, slab;
   int first, n;  // tokens
@@ -71,6 +81,18 @@ __device__ inline QueryTile query_tile(const AttentionArgs& a, const AbsorbedPla
   tile.n = min(kTileTokens, plan.end_token - tile.first);
   tile.factor = a.scale * 1.44269504088896341f;
   return tile;
+}
+
+// Dim d of a head's roped query.
+__device__ inline float roped_value(const AttentionArgs& a, int token, int head, int d) {
+  const float x = query_value(a.q_rope, token, head, d);
+  const QueryRotation& r = a.rotation;
+  if (r.positions == nullptr) return x;
+  const auto position = *reinterpret_cast<const int32_t*>(r.positions + token * r.position_stride);
+  const float frequency = load_element(r.frequencies + d / 2 * r.frequency_stride, Format::F32);
+  const Rotation turn = rotation(position, frequency, r.scale);
+  const float y = query_value(a.q_rope, token, head, d ^ 1);
+  return d % 2 == 0 ? x * turn.cosine - y * turn.sine : x * turn.cosine + y * turn.sine;
 }
 
 // Block (0, *) of long lists: true where there is nothing else to do.
@@ -103,7 +125,7 @@ __device__ void finish_queries(const AttentionArgs& a, const AbsorbedPlan& plan,
   for (int i = 0; i < tile.n; ++i) {
     T* row = tile.row<T>(a, plan, i);
     for (int d = threadIdx.x; d < kRopeDims; d += kProductThreads) {
-      const float x = d < a.r ? query_value(a.q_rope, tile.first + i, tile.head, d) : 0.0f;
+      const float x = d < a.r ? roped_value(a, tile.first + i, tile.head, d) : 0.0f;
       row[kLatentDims + d] = to_operand<T>(tile.factor * x);
     }
     for (int d = a.c + threadIdx.x; d < kLatentDims; d += kProductThreads) {
@@ -141,8 +163,9 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   __shared__ bool wanted[kTileTokens];
   const QueryTile tile = query_tile(a, plan, n_slabs);
   if (tile.slab == n_slabs - 1) {
-    pdl_wait();
-    return finish_queries<T>(a, plan, tile);
+    queries_begin(a);
+    finish_queries<T>(a, plan, tile);
+    return queries_end(a);
   }
   const int lanes = lanes_per_row(a.n);
   const int group = static_cast<int>(threadIdx.x) % lanes;
@@ -154,15 +177,15 @@ __global__ void __launch_bounds__(kProductThreads, 3)
     weight_group<F>(row, a.n, group, w);
   }
   if (plan.end_token - plan.first_token == 1 && a.q_fours) {
-    pdl_wait();
+    queries_begin(a);
     float sum = works ? dot_query(a, tile, group, w) : 0.0f;
     for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     if (works && group == 0) tile.row<T>(a, plan, 0)[c] = to_operand<T>(tile.factor * sum);
-    return;
+    return queries_end(a);
   }
-  if (!a.spans_given) pdl_wait();
+  if (!a.spans_given) queries_begin(a);
   find_wanted(a, tile, wanted);
-  pdl_wait();
+  queries_begin(a);
   const int padded = n_groups(a.n) * kGroup;
   for (int at = threadIdx.x; at < tile.n * padded; at += kProductThreads) {
     const int i = at / padded, d = at % padded;
@@ -177,6 +200,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
     for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     if (works && group == 0) tile.row<T>(a, plan, i)[c] = to_operand<T>(tile.factor * sum);
   }
+  queries_end(a);
 }
 
 // k_b [H, N, C]: rows are contracted across. A slab is one group of 32 columns; the rows' numbers
@@ -193,8 +217,9 @@ __global__ void __launch_bounds__(kProductThreads)
   __shared__ bool wanted[kTileTokens];
   const QueryTile tile = query_tile(a, plan, n_slabs);
   if (tile.slab == n_slabs - 1) {
-    pdl_wait();
-    return finish_queries<T>(a, plan, tile);
+    queries_begin(a);
+    finish_queries<T>(a, plan, tile);
+    return queries_end(a);
   }
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const auto decode_rows = [&](int first) {
@@ -208,9 +233,9 @@ __global__ void __launch_bounds__(kProductThreads)
     for (int i = 0; i < kGroup; ++i) w[threadIdx.x * kPitch + i] = value[i];
   };
   decode_rows(0);
-  if (!a.spans_given) pdl_wait();
+  if (!a.spans_given) queries_begin(a);
   find_wanted(a, tile, wanted);
-  pdl_wait();
+  queries_begin(a);
   for (int at = threadIdx.x; at < tile.n * a.n; at += kProductThreads) {
     q[at] = query_value(a.q_nope, tile.first + at / a.n, tile.head, at % a.n);
   }
@@ -235,6 +260,7 @@ __global__ void __launch_bounds__(kProductThreads)
 #pragma unroll
   for (int i = 0; i < kTileTokens; ++i) w[(warp * kTileTokens + i) * kGroup + lane] = sum[i];
   __syncthreads();
+  queries_end(a);
   if (warp >= tile.n || !wanted[warp]) return;
   float total = 0.0f;
   for (int from = 0; from < kProductWarps; ++from) {

@@ -29,8 +29,7 @@ __device__ __forceinline__ SharedAddress shared_address(const std::byte* smem) {
 
 #ifdef MLA_HAS_WARPGROUPS
 
-// ---- barriers: 8 bytes each
-// --------------------------------------------------------------------------
+// ---- barriers: 8 bytes each ---------------------------------------------------------------------
 
 // One thread; a fence_barriers() and a __syncthreads() follow before anything uses it.
 __device__ __forceinline__ void barrier_init(SharedAddress barrier, int n_arrivals) {
@@ -60,6 +59,18 @@ __device__ __forceinline__ void barrier_wait(SharedAddress barrier, uint32_t par
         : "r"(barrier), "r"(parity)
         : "memory");
   }
+}
+
+// ---- copies of bytes ----------------------------------------------------------------------------
+
+// n bytes, a multiple of 16, between addresses that are.
+__device__ __forceinline__ void copy_bytes(SharedAddress smem, const void* global, int n,
+                                           SharedAddress barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(smem),
+      "l"(global), "r"(n), "r"(barrier)
+      : "memory");
 }
 
 // ---- copies of boxes ----------------------------------------------------------------------------

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "backends/cuda/kernels/decode.cuh"
+#include "backends/cuda/kernels/norm.cuh"
 #include "backends/cuda/kernels/product_rows.cuh"
 #include "backends/cuda/product_kernels.h"
 
@@ -124,6 +125,28 @@ __device__ __forceinline__ void prefetch_row(const std::byte* row, int64_t bytes
   }
 }
 
+// The only row of x, normed, in shared memory: [k] float32.
+__device__ __forceinline__ const std::byte* stage_normed(const Product& p) {
+  __shared__ NormRoom room;
+  float* row = dynamic_smem<float>();
+  float sum = 0.0f;
+  for (int k = static_cast<int>(threadIdx.x); k < p.k; k += kExactThreads) {
+    const float x = load_element(p.x + k * p.x_step, p.x_format);
+    row[k] = x;
+    sum = fmaf(x, x, sum);
+  }
+  const NormFactor factor = norm_factor(sum, p.x, p.x_step, p.x_format, p.k, p.norm.eps, room);
+  for (int k = static_cast<int>(threadIdx.x); k < p.k; k += kExactThreads) {
+    float x = factor.times(row[k]);
+    if (p.norm.weight != nullptr) {
+      x *= load_element(p.norm.weight + k * p.norm.weight_stride, Format::F32);
+    }
+    row[k] = x;
+  }
+  __syncthreads();
+  return reinterpret_cast<const std::byte*>(row);
+}
+
 }  // namespace exact
 
 // Blocks: (matrix or routed row, row tile, block of columns), the last fastest.
@@ -145,7 +168,13 @@ __global__ void __launch_bounds__(kExactThreads) exact_kernel(Product p, ExactRu
     const std::byte* row = matrix_of(p, weight, matrix) + n0 * weight.row_stride;
     if (bytes > 0) exact::prefetch_row(row, bytes, slice, run.split);
   }
-  pdl_wait();
+  run.waits_last ? pdl_release() : pdl_wait();
+  const bool normed = R == 1 && p.norm.used;
+  if (normed) {
+    p.x = exact::stage_normed(p);
+    p.x_format = Format::F32;
+    p.x_step = sizeof(float);
+  }
 
   int rows[R];
 #pragma unroll
@@ -176,6 +205,7 @@ __global__ void __launch_bounds__(kExactThreads) exact_kernel(Product p, ExactRu
   }
   __syncthreads();
   const int r = lane_id() / C, c = lane_id() % C;
+  if (run.waits_last) pdl_wait();
   if (slice != 0 || r >= R || first_row + r >= n_rows || n0 + c >= p.n) return;
   float value = 0.0f;
   for (int i = 0; i < run.split; ++i) value += parts[warp_id() + i][lane_id()];

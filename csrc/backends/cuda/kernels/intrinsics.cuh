@@ -28,20 +28,23 @@ namespace mla::cuda {
 
 // ---- dependent launch ---------------------------------------------------------------------------
 
+// Lets the next kernel start, as far as there is room for it. Kernels do so once they have waited:
+// earlier, kernel after kernel would start, and the blocks that wait hold room from those that work.
+__device__ __forceinline__ void pdl_release() {
+#if MLA_CUDA_ARCH >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Returns once every kernel before this one has ended and its results can be seen. Loads of what
 // those kernels write must not be marked const __restrict__ or __ldg: such loads may be moved up.
 __device__ __forceinline__ void pdl_wait() {
 #if MLA_CUDA_ARCH >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+  pdl_release();
 }
-
-// Lets the next kernel start, as far as there is room for it; it still waits in pdl_wait().
-__device__ __forceinline__ void pdl_trigger() {
-#if MLA_CUDA_ARCH >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
+__device__ __forceinline__ void pdl_trigger() {}
 
 // ---- shared memory ------------------------------------------------------------------------------
 

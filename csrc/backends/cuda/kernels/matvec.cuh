@@ -2,110 +2,139 @@
 //
 //   out[n] = sum_k w[n][k] x[k]
 //
-// Shapes and cases: product.h, one token: a matrix; the experts of a token; these summed. A warp
-// takes two rows of w at a time (those of gate and up for a swiglu), its lanes their 16-byte pieces
-// in turn. x is staged once per block as 16-bit integers with a scale for each 16 neighbours, in
-// two bytes, so that products are those of dp4a: x = scale * (256 high + low). Sums of x times the
-// minima of the weights go with them.
+// Cases: matvec.h. A unit of work is two rows of w (those of gate and up for a swiglu) of one slot;
+// a warp goes through its units in segments of kSegment<F> weights, which it copies into a ring of
+// its own in shared memory ahead of their use. Where slots are summed, a block has all those of its
+// rows, and adds them up at the end in their order. x is staged once per block as integers
+// (matvec_x.cuh), so that products are those of dp4a. Sums of x times the minima of the weights go
+// with them.
 //
-// Why not tensor cores: at one row they would multiply seven columns of nothing, and their code is
-// long. A decoded token runs 500 kernels once each: instructions come from L2, and a kernel that
-// unrolls them waits for them longer than for its weights. The loops here stay short.
+// Short code is the point. A decoded token runs some hundred kernels of a few microseconds, each
+// once: what a multiprocessor has not in its instruction cache of 128 KB comes from L2, and kernels
+// that unroll their loops, or know many cases, wait for instructions longer than for weights.
+// Tensor cores would need more code and multiply seven columns of nothing.
 //
-// Instructions: two dp4a for a word of four weights, and what unpacks it. 16 cycles of a
-// multiprocessor bring the bytes of 468 weights of 4.5 bits at 4.3 TB/s, and issue 2,048 lanes'
-// instructions, 4.4 a weight.
-// Registers: at most 85, so that two blocks leave a third of a multiprocessor to the next kernel's,
-// which fetches its first weights into L2 while this one ends. Error: x is rounded to 2^-16 of the
-// largest of its 16; all else is exact or float32.
+// Latency: 4.3 TB/s for 1 us are 33 KB a multiprocessor; two blocks of eight rings hold 70 to 110.
+// Weights that do not depend on the choice of experts are asked for before the kernel waits for the
+// ones ahead: they are constants. The rings of two blocks leave room for the blocks of the next
+// kernel, which does the same while this one ends.
+// Instructions: 16 cycles of a multiprocessor bring the bytes of 468 weights of 4.5 bits at 4.3
+// TB/s, and issue 2,048 lanes' instructions, 4.4 a weight. The products take 1.5 to 2.
+// Error: x is rounded to 2^-16 of the largest of its 16; all else is exact or float32.
 #pragma once
 
+#include "backends/cuda/kernels/math.cuh"
+#include "backends/cuda/kernels/matvec_x.cuh"
 #include "backends/cuda/kernels/pieces.cuh"
-#include "backends/cuda/kernels/product_rows.cuh"
+#include "backends/cuda/kernels/row_ring.cuh"
 #include "backends/cuda/product_kernels.h"
 
 namespace mla::cuda {
 
 namespace matvec {
 
-// Rows of x in shared memory, each as [high: k][low: k][scale and sum: k / 16].
-struct StagedX {
-  const std::byte* high;
-  const std::byte* low;
-  const float2* factors;
+// Weights of a segment: whole pieces of 16 bytes in every plane.
+template <Format F>
+inline constexpr int kSegment = F == Format::Q8_0 ? 1024 : 2048;
+template <Format F>
+inline constexpr int kSegmentBlocks = kSegment<F> / kElemsPerBlock<F>;
+template <Format F>
+inline constexpr int kBlockPieces = PackedPlanes<F>::fields[0].bytes / 16;
+template <Format F>
+inline constexpr int kSegmentPieces = kBlockPieces<F>* kSegmentBlocks<F>;
+
+template <Format F>
+constexpr int count_planes() {
+  int n = 0;
+  for (const Field& field : PackedPlanes<F>::fields) n += field.bytes > 0;
+  return n;
+}
+template <Format F>
+inline constexpr int kStageBytes = 2 * static_cast<int>(packed_row_bytes<F>(kSegmentBlocks<F>));
+template <Format F>
+inline constexpr int kStages = 3 * kStageBytes<F> <= 7168 ? 3 : 2;
+inline constexpr int kBarrierRoom = 32;  // of a warp: a multiple of 16
+template <Format F>
+using Ring = RowRing<count_planes<F>(), kStages<F>, kStageBytes<F>>;
+
+template <Format F>
+SegmentPlanes segment_planes(int64_t n_blocks) {
+  SegmentPlanes planes;
+  for (int i = 0; i < kMaxPlanes; ++i) {
+    planes.at[i] = static_cast<int>(plane_offset<F>(i, n_blocks));
+    planes.stage_at[i] = static_cast<int>(plane_offset<F>(i, kSegmentBlocks<F>));
+    planes.bytes[i] = PackedPlanes<F>::fields[static_cast<size_t>(i)].bytes * kSegmentBlocks<F>;
+  }
+  return planes;
+}
+
+// ---- where a warp is ----------------------------------------------------------------------------
+
+// Units of work are pairs of rows, slot after slot: of all, or of a block where slots are summed.
+struct Share {
+  int base;     // first pair of the block where slots are summed
+  int n_pairs;  // of a slot
+  int begin, end;
 };
 
-__device__ __forceinline__ StagedX staged_row(std::byte* smem, int row, int k) {
-  std::byte* at = smem + static_cast<int64_t>(row) * staged_bytes(k);
-  return {at, at + k, reinterpret_cast<const float2*>(at + 2 * k)};
+__device__ __forceinline__ Share share_of(const MatVec& m) {
+  Share share = {0, m.n_pairs, 0, 0};
+  int worker = warp_id();
+  if (m.weights != nullptr) {
+    share.base = static_cast<int>(blockIdx.x) * m.pairs_per_block;
+    share.n_pairs = min(m.n_pairs - share.base, m.pairs_per_block);
+  } else {
+    worker = warp_id() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+  }
+  const int n_units = share.n_pairs * m.n_slots;
+  share.begin = min(worker * m.units_per_warp, n_units);
+  share.end = min(share.begin + m.units_per_warp, n_units);
+  return share;
 }
 
-inline constexpr float kLargest = 32512.0f;  // 127 * 256: the high byte stays within its 8 bits
+// What is copied next. row: of lane % 2.
+struct Ahead {
+  int unit, slot, pair, segment;
+  const std::byte* row;
+};
 
-// Sixteen neighbours of a row of x, with one thread.
-__device__ __forceinline__ void stage_sixteen(const Product& p, const std::byte* row, bool fours,
-                                              int k, std::byte* high, std::byte* low,
-                                              float2* factors) {
-  float v[16];
-  float largest = 0.0f;
-  bool finite = true;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const std::byte* from = row + (k + 4 * i) * p.x_step;
-    Four f;
-    if (fours) {
-      f = load_four(from, p.x_format);
-    } else {
-      for (int j = 0; j < 4; ++j) f.at[j] = load_element(from + j * p.x_step, p.x_format);
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      v[4 * i + j] = f.at[j];
-      largest = fmaxf(largest, fabsf(f.at[j]));
-      finite = finite && fabsf(f.at[j]) < INFINITY;
-    }
-  }
-  // Below, the inverse would overflow; such numbers add nothing that float32 sums keep.
-  const float inverse = largest > 1e-30f && finite ? kLargest / largest : 0.0f;
-  const float scale = !finite ? NAN : inverse > 0.0f ? largest / kLargest : 0.0f;
-  int sum = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    uint32_t highs = 0, lows = 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int q = __float2int_rn(v[4 * i + j] * inverse);
-      const int top = (q + 128) >> 8;
-      highs |= (static_cast<uint32_t>(top) & 255u) << (8 * j);
-      lows |= (static_cast<uint32_t>(q - 256 * top) & 255u) << (8 * j);
-      sum += q;
-    }
-    reinterpret_cast<uint32_t*>(high + k)[i] = highs;
-    reinterpret_cast<uint32_t*>(low + k)[i] = lows;
-  }
-  factors[k / 16] = {scale, scale * static_cast<float>(sum)};
+// experts: lane s has that of slot s.
+__device__ __forceinline__ const std::byte* row_at(const MatVec& m, int experts, int slot,
+                                                   int pair) {
+  const int expert = __shfl_sync(kAllLanes, experts, slot);
+  const int second = lane_id() & 1;
+  const int n = m.swiglu ? pair : 2 * pair + second;
+  return m.w[second] + expert * m.matrix_stride + int64_t{n} * m.row_bytes;
 }
 
-// Rows first .. first + n_rows of x, all threads.
-__device__ __forceinline__ void stage(const MatVec& m, std::byte* smem) {
-  const Product& p = m.product;
-  const int sixteens = p.k / 16;
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < m.n_x * sixteens; i += kMatVecThreads) {
-    const int row = i / sixteens;
-    std::byte* at = smem + static_cast<int64_t>(row) * staged_bytes(p.k);
-    stage_sixteen(p, x_row(p, row), m.fours, i % sixteens * 16, at, at + p.k,
-                  reinterpret_cast<float2*>(at + 2 * p.k));
-  }
-  __syncthreads();
+__device__ __forceinline__ Ahead begin_copies(const MatVec& m, const Share& share, int experts) {
+  const int slot = share.begin / share.n_pairs, pair = share.begin - slot * share.n_pairs;
+  return {share.begin, slot, pair, 0, row_at(m, experts, slot, share.base + pair)};
+}
+
+// The next segment into the ring.
+template <class Ring>
+__device__ __forceinline__ void push(const MatVec& m, const Share& share, int experts, Ahead& a,
+                                     Ring& ring) {
+  if (a.unit >= share.end) return ring.push_nothing();
+  const int pair = share.base + a.pair;
+  const bool alone = (lane_id() & 1) != 0 && !m.swiglu && 2 * pair + 1 >= m.n;
+  ring.push(alone ? a.row - m.row_bytes : a.row, a.segment);
+  if (++a.segment < m.n_segments) return;
+  a.segment = 0;
+  ++a.unit;
+  a.row += m.pair_bytes;
+  if (++a.pair < share.n_pairs || a.unit >= share.end) return;
+  a.pair = 0;
+  a.row = row_at(m, experts, ++a.slot, share.base);
 }
 
 // ---- products -----------------------------------------------------------------------------------
 
 template <Format F, int part>
-__device__ __forceinline__ void add_part(const Piece<F> (&pieces)[2], const StagedX& x, int piece,
-                                         float (&sums)[2]) {
-  const int k = Piece<F>::k(piece, part);
+__device__ __forceinline__ void add_part(const Piece<F> (&pieces)[2], const StagedX& x,
+                                         uint32_t piece, float (&sums)[2]) {
+  const uint32_t k = Piece<F>::k(piece, part);
   const uint4 high = *reinterpret_cast<const uint4*>(x.high + k);
   const uint4 low = *reinterpret_cast<const uint4*>(x.low + k);
   const float2 factor = x.factors[k / 16];
@@ -124,15 +153,18 @@ __device__ __forceinline__ void add_part(const Piece<F> (&pieces)[2], const Stag
   }
 }
 
-// sums[r] += the lane's share of row r times x.
+// sums[r] += the lane's share of a segment of row r times x from there on.
 template <Format F>
-__device__ __forceinline__ void add_rows(const MatVec& m, const std::byte* const (&rows)[2],
-                                         const StagedX& x, float (&sums)[2]) {
+__device__ __forceinline__ void add_segment(const MatVec& m, const std::byte* stage, int segment,
+                                            const StagedX& row, float (&sums)[2]) {
+  const int first = segment * kSegment<F>;
+  const StagedX x = {row.high + first, row.low + first, row.factors + first / 16};
+  const uint32_t n = min(m.n_pieces - segment * kSegmentPieces<F>, kSegmentPieces<F>);
 #pragma unroll 2
-  for (int piece = lane_id(); piece < m.n_pieces; piece += kWarpThreads) {
+  for (uint32_t piece = threadIdx.x % kWarpThreads; piece < n; piece += kWarpThreads) {
     Piece<F> pieces[2];
-    pieces[0].load(rows[0], m.planes, piece);
-    pieces[1].load(rows[1], m.planes, piece);
+    pieces[0].load(stage, m.planes.stage_at, piece);
+    pieces[1].load(stage + kStageBytes<F> / 2, m.planes.stage_at, piece);
     add_part<F, 0>(pieces, x, piece, sums);
     if constexpr (Piece<F>::kParts > 1) add_part<F, 1>(pieces, x, piece, sums);
     if constexpr (Piece<F>::kParts > 2) {
@@ -142,91 +174,135 @@ __device__ __forceinline__ void add_rows(const MatVec& m, const std::byte* const
   }
 }
 
-// What a warp does at a time: a row of gate and up, or two rows of one matrix; of one slot or all.
-struct Item {
-  int slot;  // 0 where all are summed
-  int n;     // first row of w
-};
+// ---- results ------------------------------------------------------------------------------------
 
-__device__ __forceinline__ Item item_at(const MatVec& m, int i) {
-  const int slot = m.product.summed ? 0 : i / m.items_per_slot;
-  return {slot, (i - slot * m.items_per_slot) * (m.product.swiglu ? 1 : 2)};
+// Pairs of a slot whose sums are taken together. Lane 8 j + 4 r + .. is in charge of row r of pair
+// j.
+inline constexpr int kBatch = 4;
+inline constexpr int kBatchFloats = 2 * kBatch * kWarpThreads;  // [pair][row][lane]
+
+// The row that the lane is in charge of, m.n where there is none.
+__device__ __forceinline__ int row_in_charge(const MatVec& m, int first_pair, int n_pairs) {
+  const int pair = first_pair + lane_id() / 8, second = lane_id() / 4 % 2;
+  if (lane_id() / 8 >= n_pairs) return m.n;
+  if (m.swiglu) return second == 0 ? pair : m.n;
+  return min(2 * pair + second, m.n);
 }
 
-__device__ __forceinline__ void rows_of(const MatVec& m, int n, int expert,
-                                        const std::byte* (&rows)[2]) {
-  const Product& p = m.product;
-  rows[0] = expert_matrix(p.w, expert) + n * p.w.row_stride;
-  rows[1] = p.swiglu ? expert_matrix(p.up, expert) + n * p.up.row_stride
-                     : rows[0] + (n + 1 < p.n ? p.w.row_stride : 0);
+// The sum of that row.
+__device__ __forceinline__ float batch_sum(const float* sums) {
+  const auto* at = reinterpret_cast<const float4*>(sums + 8 * lane_id());
+  const float4 a = at[0], b = at[1];
+  float x = ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w));
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
-__device__ __forceinline__ void finish(const MatVec& m, const Item& item, const float (&sums)[2]) {
-  const Product& p = m.product;
-  const float a = warp_sum(sums[0]), b = warp_sum(sums[1]);
-  if (p.swiglu) {
-    if (lane_id() == 0) finish_product(p, m.finish, item.slot, item.n, silu_exact(a) * b);
-  } else if (lane_id() < 2 && item.n + lane_id() < p.n) {
-    finish_product(p, m.finish, item.slot, item.n + lane_id(), lane_id() == 0 ? a : b);
+// sum: of row n. parts: of the block's summed slots, [row][slot].
+__device__ __forceinline__ void store(const MatVec& m, const Share& share, int slot, int n,
+                                      float sum, float residual, float* parts) {
+  if (m.swiglu) {
+    const float up = __shfl_xor_sync(kAllLanes, sum, 4);
+    sum = silu_exact(sum) * up;
+  }
+  if (lane_id() % 4 != 0 || n >= m.n) return;
+  if (m.weights != nullptr) {
+    parts[(n - 2 * share.base) * m.n_slots + slot] = sum;
+  } else {
+    m.out[int64_t{slot} * m.n + n] = sum + residual;
   }
 }
 
-// Weights do not wait for the kernels before: the warp's first rows come as far as L2.
-__device__ __forceinline__ void fetch_ahead(const MatVec& m, int warp, int n_warps) {
-  constexpr int kLine = 128, kItems = 4;
-  const int row_bytes = static_cast<int>(m.product.w.row_stride);
+// Of summed slots: the block's rows, slot by slot.
+__device__ __forceinline__ void store_sums(const MatVec& m, const Share& share,
+                                           const float* parts) {
+  const int row = static_cast<int>(threadIdx.x), n = 2 * share.base + row;
+  const bool stores = row < 2 * share.n_pairs && n < m.n;
+  const float residual = stores && m.residual != nullptr ? m.residual[n * m.residual_step] : 0.0f;
+  __syncthreads();
+  if (!stores) return;
+  float sum = 0.0f;
 #pragma unroll 1
-  for (int i = 0; i < kItems && warp + i * n_warps < m.n_items; ++i) {
-    const std::byte* rows[2];
-    rows_of(m, item_at(m, warp + i * n_warps).n, 0, rows);
-    for (int at = lane_id() * kLine; at < row_bytes; at += kWarpThreads * kLine) {
-      prefetch_l2(rows[0] + at);
-      prefetch_l2(rows[1] + at);
-    }
-  }
+  for (int slot = 0; slot < m.n_slots; ++slot) sum += parts[row * m.n_slots + slot];
+  m.out[n] = sum + residual;
 }
 
 }  // namespace matvec
 
 template <Format F>
-__global__ void __launch_bounds__(kMatVecThreads, 3) matvec_kernel(MatVec m) {
+__global__ void __launch_bounds__(kMatVecThreads, 1)
+    matvec_kernel(const __grid_constant__ MatVec m) {
   using namespace matvec;
-  const Product& p = m.product;
-  std::byte* smem = dynamic_smem();
-  const int warp = static_cast<int>(blockIdx.x) * kMatVecWarps + warp_id();
-  const int n_warps = static_cast<int>(gridDim.x) * kMatVecWarps;
-  pdl_trigger();
-  if (!p.routed) fetch_ahead(m, warp, n_warps);
-  pdl_wait();
-  stage(m, smem);
-#pragma unroll 1
-  for (int i = warp; i < m.n_items; i += n_warps) {
-    const Item item = item_at(m, i);
-    const int n_slots = p.summed ? p.n_slots : 1;
-    float totals[2] = {0.0f, 0.0f};
-#pragma unroll 1
-    for (int s = 0; s < n_slots; ++s) {
-      const int slot = item.slot + s;
-      const int expert = p.routed ? expert_of(p, slot) : 0;
-      float factor = p.summed ? weight_of(p, slot) : 1.0f;
-      if (expert < 0) factor = NAN;
-      const std::byte* rows[2];
-      rows_of(m, item.n, expert, rows);
-      float sums[2] = {0.0f, 0.0f};
-      add_rows<F>(m, rows, staged_row(smem, m.n_x > 1 ? slot : 0, p.k), sums);
-      totals[0] = fmaf(factor, sums[0], totals[0]);
-      totals[1] = fmaf(factor, sums[1], totals[1]);
+  std::byte* rings = dynamic_smem();
+  std::byte* barriers = rings + kMatVecWarps * Ring<F>::kBytes;
+  float* batches = reinterpret_cast<float*>(barriers + kMatVecWarps * kBarrierRoom);
+  float* raw = batches + kMatVecWarps * kBatchFloats;
+  std::byte* x = reinterpret_cast<std::byte*>(raw + m.n_x * m.k);
+  float* parts = reinterpret_cast<float*>(x + m.n_x * staged_bytes(m.k));
+  float* batch = batches + warp_id() * kBatchFloats;
+  Ring<F> ring(m.planes, m.row_bytes, rings + warp_id() * Ring<F>::kBytes,
+               barriers + warp_id() * kBarrierRoom);
+  const Share share = share_of(m);
+  int experts = 0, n_ahead = 0;
+  float weights = 1.0f;  // lane s has those of slot s
+  if (m.ids != nullptr) {
+    pdl_wait();
+    if (lane_id() < m.n_slots) {
+      experts = m.ids[lane_id() * m.id_stride];
+      if (m.weights != nullptr) weights = m.weights[lane_id() * m.weight_stride];
+      if (experts < 0 || experts >= m.n_experts) {
+        experts = 0;
+        weights = NAN;
+      }
     }
-    finish(m, item, totals);
   }
+  Ahead ahead = begin_copies(m, share, experts);
+#pragma unroll 1
+  for (; n_ahead < kStages<F>; ++n_ahead) push(m, share, experts, ahead, ring);
+  fetch_norm(m);
+  m.waits_last ? pdl_release() : pdl_wait();
+  stage(m, raw, x);
+  int slot = share.begin / share.n_pairs, pair = share.begin - slot * share.n_pairs;
+#pragma unroll 1
+  for (int unit = share.begin; unit < share.end;) {
+    const int n_pairs = min(min(share.end - unit, share.n_pairs - pair), kBatch);
+    const int n = row_in_charge(m, share.base + pair, n_pairs);
+    float residual = 0.0f;
+    if (m.residual != nullptr && n < m.n) residual = m.residual[n * m.residual_step];
+    const StagedX row = staged_row(x, m.n_x > 1 ? slot : 0, m.k);
+#pragma unroll 1
+    for (int j = 0; j < n_pairs; ++j) {
+      float sums[2] = {0.0f, 0.0f};
+#pragma unroll 1
+      for (int segment = 0; segment < m.n_segments; ++segment) {
+        add_segment<F>(m, ring.front(), segment, row, sums);
+        ring.pop();
+        push(m, share, experts, ahead, ring);
+      }
+      batch[2 * kWarpThreads * j + lane_id()] = sums[0];
+      batch[2 * kWarpThreads * j + kWarpThreads + lane_id()] = sums[1];
+    }
+    __syncwarp();
+    const float sum = __shfl_sync(kAllLanes, weights, slot) * batch_sum(batch);
+    store(m, share, slot, n, sum, residual, parts);
+    __syncwarp();
+    unit += n_pairs;
+    pair += n_pairs;
+    if (pair == share.n_pairs) {
+      pair = 0;
+      ++slot;
+    }
+  }
+  if (m.weights != nullptr) store_sums(m, share, parts);
+  if (m.waits_last) pdl_wait();
 }
 
 template <Format F>
 constexpr void add_matvec_kernel(ProductKernels& kernels) {
-  kernels.matvec = matvec_kernel<F>;
-  kernels.planes_at = planes_at<F>;
-  // 16 bytes of the first plane are a piece.
-  kernels.block_pieces = PackedPlanes<F>::fields[0].bytes / 16;
+  using namespace matvec;
+  kernels.matvec = {
+      matvec_kernel<F>, segment_planes<F>, kSegmentBlocks<F>, kBlockPieces<F>,
+      Ring<F>::kBytes + kBarrierRoom + kBatchFloats * static_cast<int>(sizeof(float))};
 }
 
 }  // namespace mla::cuda

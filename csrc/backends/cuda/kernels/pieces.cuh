@@ -1,7 +1,7 @@
 // Packed weights as words of four 8-bit integers, 16 bytes of a row's first plane at a time.
 //
-// A lane of matvec.cuh reads a piece: 16 bytes of quants and what belongs to them. It holds kParts
-// parts of 16 weights each, neighbours along k from k(piece, part) on:
+// A lane of matvec.cuh reads a piece from shared memory: 16 bytes of quants and what belongs to
+// them. It holds kParts parts of 16 weights each, neighbours along k from k(piece, part) on:
 //
 //   weight = scale(part) * q - min(part),   q the bytes of words<part>()
 //
@@ -14,21 +14,12 @@
 
 namespace mla::cuda {
 
-template <Format F>
-PlanesAt planes_at(int64_t n_blocks) {
-  PlanesAt planes;
-  for (int i = 0; i < kMaxPlanes; ++i) {
-    planes.at[i] = static_cast<int>(plane_offset<F>(i, n_blocks));
-  }
-  return planes;
-}
-
 namespace pieces {
 
 inline constexpr uint32_t kNibbles = 0x0f0f0f0fu, kCrumbs = 0x03030303u, kBits = 0x01010101u;
 
 __device__ __forceinline__ uint4 load16(const std::byte* p) {
-  return load_streaming(reinterpret_cast<const uint4*>(p));
+  return *reinterpret_cast<const uint4*>(p);
 }
 __device__ __forceinline__ uint32_t word(const uint4& v, int j) {
   return j == 0 ? v.x : j == 1 ? v.y : j == 2 ? v.z : v.w;
@@ -69,17 +60,20 @@ struct SmallPiece {
   uint32_t qh = 0;
   float2 dm;
 
-  __device__ __forceinline__ void load(const std::byte* row, const PlanesAt& planes, int piece) {
+  __device__ __forceinline__ void load(const std::byte* row, const int (&planes)[kMaxPlanes],
+                                       uint32_t piece) {
     q = pieces::load16(row + 16 * piece);
-    if constexpr (fifth) qh = word_at(row + planes.at[1] + 4 * piece);
-    const std::byte* head = row + planes.at[fifth ? 2 : 1];
+    if constexpr (fifth) qh = word_at(row + planes[1] + 4 * piece);
+    const std::byte* head = row + planes[fifth ? 2 : 1];
     if constexpr (has_min) {
       dm = pieces::half_pair(word_at(head + 4 * piece));
     } else {
       dm = {half_at(head + 2 * piece), 0.0f};
     }
   }
-  __device__ __forceinline__ static int k(int piece, int part) { return 32 * piece + 16 * part; }
+  __device__ __forceinline__ static uint32_t k(uint32_t piece, uint32_t part) {
+    return 32 * piece + 16 * part;
+  }
   template <int part>
   __device__ __forceinline__ int word(int j) const {
     uint32_t w = (pieces::word(q, j) >> (4 * part)) & pieces::kNibbles;
@@ -108,11 +102,12 @@ struct Piece<Format::Q8_0> {
   static constexpr int kParts = 1;
   uint4 q;
   float d;
-  __device__ __forceinline__ void load(const std::byte* row, const PlanesAt& planes, int piece) {
+  __device__ __forceinline__ void load(const std::byte* row, const int (&planes)[kMaxPlanes],
+                                       uint32_t piece) {
     q = pieces::load16(row + 16 * piece);
-    d = half_at(row + planes.at[1] + 2 * (piece / 2));
+    d = half_at(row + planes[1] + 2 * (piece / 2));
   }
-  __device__ __forceinline__ static int k(int piece, int) { return 16 * piece; }
+  __device__ __forceinline__ static uint32_t k(uint32_t piece, uint32_t) { return 16 * piece; }
   template <int>
   __device__ __forceinline__ int word(int j) const {
     return static_cast<int>(pieces::word(q, j));
@@ -128,14 +123,17 @@ struct Piece<Format::IQ4_XS> {
   static constexpr int kParts = 2;
   uint4 q;
   float s;
-  __device__ __forceinline__ void load(const std::byte* row, const PlanesAt& planes, int piece) {
+  __device__ __forceinline__ void load(const std::byte* row, const int (&planes)[kMaxPlanes],
+                                       uint32_t piece) {
     q = pieces::load16(row + 16 * piece);
-    const uint2 head = *reinterpret_cast<const uint2*>(row + planes.at[1] + piece / 8 * 8);
-    const int g = piece % 8;
+    const uint2 head = *reinterpret_cast<const uint2*>(row + planes[1] + piece / 8 * 8);
+    const uint32_t g = piece % 8;
     const uint32_t low = (head.y >> (4 * g)) & 15u, high = (head.x >> (16 + 2 * g)) & 3u;
     s = pieces::half_pair(head.x).x * static_cast<float>(static_cast<int>(low | (high << 4)) - 32);
   }
-  __device__ __forceinline__ static int k(int piece, int part) { return 32 * piece + 16 * part; }
+  __device__ __forceinline__ static uint32_t k(uint32_t piece, uint32_t part) {
+    return 32 * piece + 16 * part;
+  }
   template <int part>
   __device__ __forceinline__ int word(int j) const {
     return static_cast<int>(
@@ -153,18 +151,29 @@ struct Piece<Format::IQ4_XS> {
 template <Format F, bool fifth>
 struct K4Piece {
   static constexpr int kParts = 2;
-  uint4 q, head, qh;
-  int pair;  // of groups
-  __device__ __forceinline__ void load(const std::byte* row, const PlanesAt& planes, int piece) {
-    const int b = piece / 8;
+  uint4 q, qh;
+  float2 d;
+  uint32_t pair;    // of groups
+  uint32_t levels;  // scales of both groups, then their mins: a byte each
+
+  __device__ __forceinline__ void load(const std::byte* row, const int (&planes)[kMaxPlanes],
+                                       uint32_t piece) {
+    const uint32_t b = piece / 8;
     pair = piece % 8 / 2;
     q = pieces::load16(row + 16 * piece);
-    head = *reinterpret_cast<const uint4*>(row + planes.at[fifth ? 2 : 1] + 16 * b);
-    if constexpr (fifth) {
-      qh = *reinterpret_cast<const uint4*>(row + planes.at[1] + 32 * b + 16 * (piece % 2));
-    }
+    const uint4 head = pieces::load16(row + planes[fifth ? 2 : 1] + 16 * b);
+    if constexpr (fifth) qh = pieces::load16(row + planes[1] + 32 * b + 16 * (piece % 2));
+    d = pieces::half_pair(head.x);
+    // Four groups at a time, six bits each: of the upper four, two lie with the lower ones.
+    constexpr uint32_t kSix = 0x3f3f3f3fu, kUpper = 0x30303030u;
+    const bool upper = pair >= 2;
+    const uint32_t scales =
+        upper ? (head.w & pieces::kNibbles) | ((head.y >> 2) & kUpper) : head.y & kSix;
+    const uint32_t mins =
+        upper ? ((head.w >> 4) & pieces::kNibbles) | ((head.z >> 2) & kUpper) : head.z & kSix;
+    levels = __byte_perm(scales, mins, pair % 2 == 0 ? 0x5410 : 0x7632);
   }
-  __device__ __forceinline__ static int k(int piece, int part) {
+  __device__ __forceinline__ static uint32_t k(uint32_t piece, uint32_t part) {
     return 256 * (piece / 8) + 64 * (piece % 8 / 2) + 16 * (piece % 2) + 32 * part;
   }
   template <int part>
@@ -175,9 +184,8 @@ struct K4Piece {
   }
   template <int part>
   __device__ __forceinline__ float2 scale_min() const {
-    const ScaleMin k = k4_scale_min(head.y, head.z, head.w, 2 * pair + part);
-    const float2 d = pieces::half_pair(head.x);
-    return {d.x * k.scale, d.y * k.min};
+    const uint32_t scale = (levels >> (8 * part)) & 255u, min = (levels >> (8 * part + 16)) & 255u;
+    return {d.x * static_cast<float>(scale), d.y * static_cast<float>(min)};
   }
 };
 template <>
@@ -193,18 +201,19 @@ struct Piece<Format::Q6_K> {
   float d;
   uint32_t scales[2];
   int j0;
-  __device__ __forceinline__ void load(const std::byte* row, const PlanesAt& planes, int piece) {
-    const int b = piece / 8, i = piece % 8;
+  __device__ __forceinline__ void load(const std::byte* row, const int (&planes)[kMaxPlanes],
+                                       uint32_t piece) {
+    const uint32_t b = piece / 8, i = piece % 8;
     j0 = i / 2 & 1;
     q = pieces::load16(row + 16 * piece);
-    qh = *reinterpret_cast<const uint4*>(row + planes.at[1] + 64 * b + i / 4 * 32 + 16 * (i & 1));
-    const std::byte* s = row + planes.at[2] + 16 * b + 2 * (i / 4 * 4 + j0) + (i & 1);
+    qh = *reinterpret_cast<const uint4*>(row + planes[1] + 64 * b + i / 4 * 32 + 16 * (i & 1));
+    const std::byte* s = row + planes[2] + 16 * b + 2 * (i / 4 * 4 + j0) + (i & 1);
     scales[0] = pieces::byte_at(s);
     scales[1] = pieces::byte_at(s + 4);
-    d = half_at(row + planes.at[3] + 2 * b);
+    d = half_at(row + planes[3] + 2 * b);
   }
-  __device__ __forceinline__ static int k(int piece, int part) {
-    const int i = piece % 8;
+  __device__ __forceinline__ static uint32_t k(uint32_t piece, uint32_t part) {
+    const uint32_t i = piece % 8;
     return 256 * (piece / 8) + 32 * (i / 4 * 4 + (i / 2 & 1) + 2 * part) + 16 * (i & 1);
   }
   template <int part>
@@ -223,7 +232,7 @@ struct Piece<Format::Q6_K> {
 // Q2_K, Q3_K: groups 4 h .. 4 h + 3 with h = i / 2, from element 16 (i & 1) on.
 struct CrumbPiece {
   static constexpr int kParts = 4;
-  __device__ __forceinline__ static int k(int piece, int part) {
+  __device__ __forceinline__ static uint32_t k(uint32_t piece, uint32_t part) {
     return 256 * (piece / 4) + 128 * (piece % 4 / 2) + 32 * part + 16 * (piece % 2);
   }
 };
@@ -234,12 +243,13 @@ struct Piece<Format::Q2_K> : CrumbPiece {
   uint2 scales;  // of the eight sixteens of half a block
   float2 dm;
   int odd;
-  __device__ __forceinline__ void load(const std::byte* row, const PlanesAt& planes, int piece) {
-    const int b = piece / 4;
+  __device__ __forceinline__ void load(const std::byte* row, const int (&planes)[kMaxPlanes],
+                                       uint32_t piece) {
+    const uint32_t b = piece / 4;
     odd = piece % 2;
     q = pieces::load16(row + 16 * piece);
-    scales = *reinterpret_cast<const uint2*>(row + planes.at[1] + 8 * (piece / 2));
-    dm = pieces::half_pair(word_at(row + planes.at[2] + 4 * b));
+    scales = *reinterpret_cast<const uint2*>(row + planes[1] + 8 * (piece / 2));
+    dm = pieces::half_pair(word_at(row + planes[2] + 4 * b));
   }
   template <int part>
   __device__ __forceinline__ int word(int j) const {
@@ -258,14 +268,15 @@ struct Piece<Format::Q3_K> : CrumbPiece {
   uint32_t scales[3];
   float d;
   int half, odd;
-  __device__ __forceinline__ void load(const std::byte* row, const PlanesAt& planes, int piece) {
-    const int b = piece / 4;
+  __device__ __forceinline__ void load(const std::byte* row, const int (&planes)[kMaxPlanes],
+                                       uint32_t piece) {
+    const uint32_t b = piece / 4;
     half = piece % 4 / 2;
     odd = piece % 2;
     q = pieces::load16(row + 16 * piece);
-    mask = *reinterpret_cast<const uint4*>(row + planes.at[1] + 32 * b + 16 * odd);
-    for (int i = 0; i < 3; ++i) scales[i] = word_at(row + planes.at[2] + 12 * b + 4 * i);
-    d = half_at(row + planes.at[3] + 2 * b);
+    mask = *reinterpret_cast<const uint4*>(row + planes[1] + 32 * b + 16 * odd);
+    for (int i = 0; i < 3; ++i) scales[i] = word_at(row + planes[2] + 12 * b + 4 * i);
+    d = half_at(row + planes[3] + 2 * b);
   }
   template <int part>
   __device__ __forceinline__ int word(int j) const {

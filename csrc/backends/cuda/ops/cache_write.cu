@@ -7,7 +7,11 @@
 // in binary16, as the CPU's encoder has it; floats round to nearest even.
 // Cells that are negative or past the end are not written; of two rows for one cell the later one
 // stays: a block looks for its cells among all tokens after its first.
-#include "backends/cuda/kernels/elements.cuh"
+//
+// The norm of latents and the rotation of keys may come with it (fusion.h): a block then has one
+// token, whose row it makes in shared memory first.
+#include "backends/cuda/kernels/math.cuh"
+#include "backends/cuda/kernels/norm.cuh"
 #include "backends/cuda/ops/ops.h"
 
 namespace mla::cuda {
@@ -26,8 +30,26 @@ struct Plane {
   int n, n_pieces;
 };
 
+// Of one token's row; null: it is taken as it is.
+struct RowNorm {
+  bool used = false;
+  View x;  // [T, C]
+  const std::byte* weight;
+  int64_t weight_stride;
+  float eps;
+};
+struct RowRotation {
+  bool used = false;
+  View x;  // [T, R]
+  const std::byte *positions, *frequencies;
+  int64_t position_stride, frequency_stride;
+  float scale;
+};
+
 struct CacheWrite {
   Plane planes[2];
+  RowNorm norm;
+  RowRotation rotation;
   const std::byte* cells;
   int64_t cell_stride;
   int64_t n_tokens, n_cells;
@@ -85,7 +107,6 @@ __device__ void write_piece(const Plane& plane, int64_t token, int32_t cell, int
 
 __global__ void __launch_bounds__(kThreads) cache_write_kernel(CacheWrite w) {
   __shared__ int32_t cells[kTokens];
-  pdl_trigger();
   pdl_wait();
   const int64_t first = int64_t{blockIdx.x} * kTokens;
   const int64_t left = w.n_tokens - first;
@@ -99,6 +120,69 @@ __global__ void __launch_bounds__(kThreads) cache_write_kernel(CacheWrite w) {
     const bool is_rope = piece >= w.planes[0].n_pieces;
     write_piece(w.planes[is_rope], first + token, cells[token],
                 is_rope ? piece - w.planes[0].n_pieces : piece);
+  }
+}
+
+// x [T, n], row `token` -> out [n], normed. All threads.
+__device__ void norm_row(const RowNorm& norm, int n, int64_t token, float* out) {
+  __shared__ NormRoom room;
+  const std::byte* row = norm.x.data + token * norm.x.stride[2];
+  float sum = 0.0f;
+  for (int i = threadIdx.x; i < n; i += kThreads) {
+    out[i] = load_element(row + i * norm.x.stride[3], norm.x.format);
+    sum = fmaf(out[i], out[i], sum);
+  }
+  const NormFactor factor =
+      norm_factor(sum, row, norm.x.stride[3], norm.x.format, n, norm.eps, room);
+  for (int i = threadIdx.x; i < n; i += kThreads) {
+    out[i] = factor.times(out[i]);
+    if (norm.weight != nullptr) {
+      out[i] *= load_element(norm.weight + i * norm.weight_stride, Format::F32);
+    }
+  }
+}
+
+// x [T, n], row `token` -> out [n], rotated. Threads from the last one down, which have less of a
+// norm to do.
+__device__ void rotate_row(const RowRotation& r, int n, int64_t token, float* out) {
+  const std::byte* row = r.x.data + token * r.x.stride[2];
+  const auto position = *reinterpret_cast<const int32_t*>(r.positions + token * r.position_stride);
+  for (int i = kThreads - 1 - static_cast<int>(threadIdx.x); i < n / 2; i += kThreads) {
+    const Rotation turn = rotation(
+        position, load_element(r.frequencies + i * r.frequency_stride, Format::F32), r.scale);
+    const float x = load_element(row + 2 * i * r.x.stride[3], r.x.format);
+    const float y = load_element(row + (2 * i + 1) * r.x.stride[3], r.x.format);
+    out[2 * i] = x * turn.cosine - y * turn.sine;
+    out[2 * i + 1] = x * turn.sine + y * turn.cosine;
+  }
+}
+
+// A block for each token: its rows as the steps before would have left them, then to their cell.
+__global__ void __launch_bounds__(kThreads) cache_write_row_kernel(CacheWrite w) {
+  __shared__ int later;
+  pdl_wait();
+  const int64_t token = blockIdx.x;
+  const int32_t cell = cell_at(w, token);
+  if (threadIdx.x == 0) later = 0;
+  __syncthreads();
+  for (int64_t t = token + 1 + threadIdx.x; t < w.n_tokens; t += kThreads) {
+    if (cell_at(w, t) == cell) later = 1;
+  }
+  float* rows[2] = {dynamic_smem<float>(), dynamic_smem<float>() + w.planes[0].n};
+  if (w.rotation.used) rotate_row(w.rotation, w.planes[1].n, token, rows[1]);
+  if (w.norm.used) norm_row(w.norm, w.planes[0].n, token, rows[0]);
+  __syncthreads();
+  if (cell < 0 || cell >= w.n_cells || later != 0) return;
+  const int n_latent = w.planes[0].n_pieces;
+  for (int i = warp_id(); i < n_latent + w.planes[1].n_pieces; i += kWarps) {
+    const int p = i >= n_latent;
+    Plane plane = w.planes[p];
+    if (p == 0 ? w.norm.used : w.rotation.used) {
+      plane.rows.data = reinterpret_cast<std::byte*>(rows[p]);
+      plane.rows.stride[2] = 0;
+      plane.rows.stride[3] = sizeof(float);
+    }
+    write_piece(plane, token, cell, p == 0 ? i : i - n_latent);
   }
 }
 
@@ -119,6 +203,21 @@ Plane plane_of(const Tensor& cells, const Tensor& rows) {
   return p;
 }
 
+void set_norm(RowNorm& norm, const Step& step) {
+  norm = {true, view(step.in[0]), step.in[1].data, step.in[1].stride[3],
+          step.node->attr<RmsNormAttrs>().eps};
+}
+
+void set_rotation(RowRotation& r, const Step& step) {
+  r = {true,
+       view(step.in[0]),
+       step.in[1].data,
+       step.in[2].data,
+       step.in[1].stride[3],
+       step.in[2].stride[3],
+       step.node->attr<RopeAttrs>().scale};
+}
+
 void run_cache_write(const Step& step, const CudaRun& run) {
   CacheWrite w = {};
   w.planes[0] = plane_of(step.in[0], step.in[2]);
@@ -127,6 +226,14 @@ void run_cache_write(const Step& step, const CudaRun& run) {
   w.cell_stride = step.in[4].stride[3];
   w.n_tokens = step.in[2].shape.extent[2];
   w.n_cells = step.in[0].shape.extent[2];
+  if (run.neighbours.norm != nullptr) set_norm(w.norm, *run.neighbours.norm);
+  if (run.neighbours.rope != nullptr) set_rotation(w.rotation, *run.neighbours.rope);
+  if (w.norm.used || w.rotation.used) {
+    const auto n = static_cast<size_t>(w.planes[0].n + w.planes[1].n);
+    launch(run, cache_write_row_kernel, dim3(static_cast<unsigned>(w.n_tokens)), dim3(kThreads),
+           n * sizeof(float), w);
+    return;
+  }
   const auto n_blocks = static_cast<unsigned>((w.n_tokens + kTokens - 1) / kTokens);
   launch(run, cache_write_kernel, dim3(n_blocks), dim3(kThreads), 0, w);
 }

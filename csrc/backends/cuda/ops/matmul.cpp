@@ -14,12 +14,8 @@ size_t matmul_scratch(const Node& node, const DeviceInfo& device) {
                                node.attr<MatmulAttrs>().precision, device);
 }
 
-void run_matmul(const Step& step, const CudaRun& run) {
-  run_product(run, matmul_product(step), step.node->attr<MatmulAttrs>().precision);
-}
-
 }  // namespace
 
-const CudaOp matmul_op = {refuse_matmul, matmul_scratch, run_matmul};
+const CudaOp matmul_op = {refuse_matmul, matmul_scratch, run_product};
 
 }  // namespace mla::cuda

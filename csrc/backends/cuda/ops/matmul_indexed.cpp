@@ -15,12 +15,8 @@ size_t indexed_scratch(const Node& node, const DeviceInfo& device) {
                                node.attr<MatmulAttrs>().precision, device);
 }
 
-void run_indexed(const Step& step, const CudaRun& run) {
-  run_product(run, matmul_indexed_product(step), step.node->attr<MatmulAttrs>().precision);
-}
-
 }  // namespace
 
-const CudaOp matmul_indexed_op = {refuse_indexed, indexed_scratch, run_indexed};
+const CudaOp matmul_indexed_op = {refuse_indexed, indexed_scratch, run_product};
 
 }  // namespace mla::cuda

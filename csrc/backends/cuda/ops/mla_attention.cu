@@ -140,6 +140,17 @@ void run_mla_attention(const Step& step, const CudaRun& run) {
 
 }  // namespace
 
+bool attention_takes_rope(const Node& node, const DeviceInfo& device) {
+  const Ways w = ways(node, device);
+  return w.absorbed && w.absorbed_fast && !w.expanded;
+}
+
+void set_rotation(AttentionArgs& a, const Step& rope) {
+  a.q_rope = view(rope.in[0]);
+  a.rotation = {rope.in[1].data, rope.in[2].data, rope.in[1].stride[3], rope.in[2].stride[3],
+                rope.node->attr<RopeAttrs>().scale};
+}
+
 const CudaOp mla_attention_op = {refusal, scratch_bytes, run_mla_attention};
 
 }  // namespace mla::cuda

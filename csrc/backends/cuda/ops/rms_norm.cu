@@ -2,10 +2,9 @@
 //
 // A block has a row; a thread keeps kHeld elements of it in registers, so that rows up to
 // kMaxThreads * kHeld = 8192 are read once; the rest of longer rows is read twice.
-// Squares are summed in float32, first by thread, then in a tree: a chain of at most kHeld + 10
-// roundings up to 8192. Where float32 has not the range, the sum is taken again in double. Error
-// against float64: 4 units in the last place.
-#include "backends/cuda/kernels/elements.cuh"
+// Squares are summed first by thread, then in a tree: a chain of at most kHeld + 10 roundings up to
+// 8192; see norm.cuh.
+#include "backends/cuda/kernels/norm.cuh"
 #include "backends/cuda/ops/ops.h"
 
 namespace mla::cuda {
@@ -14,7 +13,7 @@ namespace {
 constexpr int kHeld = 8;  // two groups of four
 constexpr int kMaxThreads = 1024;
 
-struct Norm {
+struct RmsNorm {
   View x, out;
   const std::byte* weight;  // null: ones
   int64_t weight_stride;
@@ -30,50 +29,16 @@ __device__ const std::byte* row_of(const View& x, int64_t row) {
          i2 * x.stride[2];
 }
 
-// Elements i .. i + 3 of a row of n; zeros from the end on.
-__device__ Four load_some(const std::byte* row, Format format, int64_t stride, bool by_four,
-                          int64_t i, int64_t n) {
-  if (by_four && i + 4 <= n) return load_four(row + i * stride, format);
-  Four out = {};
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    if (i + j < n) out.at[j] = load_element(row + (i + j) * stride, format);
-  }
-  return out;
-}
-
 __device__ float squares(const Four& x) {
   return fmaf(x.at[3], x.at[3], fmaf(x.at[2], x.at[2], fmaf(x.at[1], x.at[1], x.at[0] * x.at[0])));
 }
 
-__device__ double block_sum_double(double x) {
-  __shared__ double partial[kMaxThreads / kWarpThreads];
-  for (int step = kWarpThreads / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
-  if (lane_id() == 0) partial[warp_id()] = x;
-  __syncthreads();
-  x = 0;
-  const int n_warps = static_cast<int>(blockDim.x) / kWarpThreads;
-  for (int i = 0; i < n_warps; ++i) x += partial[i];
-  return x;
-}
-
-// What elements are multiplied by, where their squares leave the range of float32.
-__device__ double wide_factor(const Norm& norm, const std::byte* row, int64_t n) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
-    const double value = load_element(row + i * norm.x.stride[3], norm.x.format);
-    sum += value * value;
-  }
-  const double root = sqrt(block_sum_double(sum) / static_cast<double>(n) + norm.eps);
-  return root > 0 ? 1.0 / root : root == 0 ? 0.0 : root;  // zeros stay zeros; NaN stays
-}
-
-__device__ void store_normed(const Norm& norm, float* out, int64_t i, int64_t n, const Four& x,
-                             const Four& weight, float factor) {
+__device__ void store_normed(const RmsNorm& norm, float* out, int64_t i, int64_t n, const Four& x,
+                             const Four& weight, const NormFactor& factor) {
   Four y;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    y.at[j] = x.at[j] * factor;
+    y.at[j] = factor.times(x.at[j]);
     if (norm.weight != nullptr) y.at[j] *= weight.at[j];
   }
   if (i + 4 <= n && n % 4 == 0) {  // the result is contiguous
@@ -86,24 +51,13 @@ __device__ void store_normed(const Norm& norm, float* out, int64_t i, int64_t n,
   }
 }
 
-__device__ Four load_weight(const Norm& norm, int64_t i, int64_t n) {
+__device__ Four load_weight(const RmsNorm& norm, int64_t i, int64_t n) {
   if (norm.weight == nullptr) return {};
   return load_some(norm.weight, Format::F32, norm.weight_stride, norm.weight_by_four, i, n);
 }
 
-__device__ void write_wide(const Norm& norm, const std::byte* row, float* out, int64_t n) {
-  const double factor = wide_factor(norm, row, n);
-  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
-    const double value = load_element(row + i * norm.x.stride[3], norm.x.format);
-    const float unit = static_cast<float>(value * factor);
-    const auto* weight = norm.weight;
-    out[i] = weight == nullptr ? unit
-                               : unit * load_element(weight + i * norm.weight_stride, Format::F32);
-  }
-}
-
-__global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(Norm norm) {
-  __shared__ float partial[kWarpThreads];
+__global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNorm norm) {
+  __shared__ NormRoom room;
   pdl_trigger();
   const int64_t n = norm.x.extent[3];
   const int64_t first = 4 * int64_t{threadIdx.x};
@@ -119,15 +73,8 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(Norm norm) {
   const Four held[2] = {load(first), load(first + step)};
   float sum = squares(held[0]) + squares(held[1]);
   for (int64_t i = first + 2 * step; i < n; i += step) sum += squares(load(i));
-  sum = block_sum(sum, partial);
-  // Squares below 2^-126 lose digits, but not against a sum, or eps, that is 2^40 times that.
-  const float smallest = 0x1p-86f;
-  const bool in_range = sum < 0x1p127f && (sum > smallest || norm.eps > smallest);
-  if (!in_range) {  // NaN too
-    write_wide(norm, row, out, n);
-    return;
-  }
-  const float factor = 1.0f / sqrtf(sum / static_cast<float>(n) + norm.eps);
+  const NormFactor factor =
+      norm_factor(sum, row, norm.x.stride[3], norm.x.format, n, norm.eps, room);
   store_normed(norm, out, first, n, held[0], weight[0], factor);
   store_normed(norm, out, first + step, n, held[1], weight[1], factor);
   for (int64_t i = first + 2 * step; i < n; i += step) {
@@ -136,7 +83,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(Norm norm) {
 }
 
 void run_rms_norm(const Step& step, const CudaRun& run) {
-  Norm norm = {};
+  RmsNorm norm = {};
   norm.x = view(step.in[0]);
   norm.out = view(step.out);
   norm.eps = step.node->attr<RmsNormAttrs>().eps;

@@ -16,12 +16,8 @@ size_t swiglu_matmul_scratch(const Node& node, const DeviceInfo& device) {
                                node.attr<MatmulAttrs>().precision, device);
 }
 
-void run_swiglu_matmul(const Step& step, const CudaRun& run) {
-  run_product(run, swiglu_matmul_product(step), step.node->attr<MatmulAttrs>().precision);
-}
-
 }  // namespace
 
-const CudaOp swiglu_matmul_op = {refuse_swiglu, swiglu_matmul_scratch, run_swiglu_matmul};
+const CudaOp swiglu_matmul_op = {refuse_swiglu, swiglu_matmul_scratch, run_product};
 
 }  // namespace mla::cuda
