@@ -64,3 +64,17 @@ def test_a_token_runs_again_as_recorded(device: str) -> None:
         options: dict[str, Any] = {"max_tokens": 5, "temperature": 0.0, "ignore_eos": True}
         got = placed.generate(IDS, **options)
         assert got.tokens == cpu.generate(IDS, **options).tokens
+
+
+@pytest.mark.parametrize("shape", ["tiny-v2", "tiny-v3"])
+def test_single_tokens_in_few_kernels(device: str, shape: str) -> None:
+    """Step after step of one token, each norm and rotation part of the kernel behind it."""
+    path = small_model(shape, "q4_k_m", n_layer=3)
+    found = []
+    for name, precision in ((device, "fast"), ("cpu", "exact")):
+        with Model.load(path, device=name, n_ctx=64, n_batch=8, precision=precision) as model:
+            with model.session() as session:
+                session.feed(IDS)
+                found.append([session.feed([token]) for token in (7, 1, 4)])
+    got, want = (np.asarray(rows) for rows in found)
+    assert np.abs(got - want).max() <= 0.02 * want.std()
