@@ -3,9 +3,7 @@
 
 #include <algorithm>
 
-#include "backends/cuda/gemm_wgmma.h"
 #include "backends/cuda/kernels/attention_narrow.cuh"
-#include "backends/cuda/kernels/attention_warpgroups.cuh"
 #include "backends/cuda/kernels/attention_wide.cuh"
 
 namespace mla::cuda {
@@ -53,14 +51,6 @@ bool copies_16(const AttentionArgs& a) {
          begins_at(a.rope.data, a.rope.cell_bytes, 16) && 2 * a.r % 16 == 0;
 }
 
-// The copy engine takes rows that begin at multiples of 16 bytes, a tile out of one block of the
-// table.
-bool runs_on_warpgroups(const AttentionArgs& a, const DeviceInfo& device) {
-  return !is_q8(a) && copies_16(a) && a.block_cells % warpgroups::kTileCells == 0 &&
-         device.smem_per_block >= static_cast<size_t>(warpgroups::kWideSmemBytes) &&
-         has_wgmma(device);
-}
-
 AbsorbedVariant wide_variant(const AttentionArgs& a, const DeviceInfo& device) {
   const bool q8 = is_q8(a);
   const auto bytes = [&](int n) { return wide::smem_bytes(q8, n); };
@@ -71,7 +61,6 @@ AbsorbedVariant wide_variant(const AttentionArgs& a, const DeviceInfo& device) {
   v.n_stages = q8 ? stages_that_fit({1, 0}, device, bytes) : stages_that_fit({2, 1}, device, bytes);
   v.fold = a.h % v.rows == 0 ? std::clamp(a.h / v.rows, 1, std::max(device.n_sm, 1)) : 1;
   v.n_blocks = std::max(device.n_sm / v.fold, 1);
-  v.aligned = runs_on_warpgroups(a, device);
   return v;
 }
 
@@ -114,25 +103,6 @@ void place(const AttentionArgs& a, AbsorbedPlan& plan, Pieces& pieces) {
   }
 }
 
-TensorMap plane_map(const AttentionArgs& a, const CachePlane& plane) {
-  MatrixLayout rows;
-  rows.data = plane.data;
-  rows.n_matrices = 1;
-  rows.n_rows = a.n_cells;
-  rows.n_columns = plane.width;
-  rows.row_stride = plane.cell_bytes / 2;
-  const Operand operand = operand_is_bf16(a) ? Operand::bf16 : Operand::f16;
-  return tensor_map(rows, operand, warpgroups::kTileCells);
-}
-
-template <class T>
-void attend_on_warpgroups(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& run) {
-  const AbsorbedVariant& v = plan.variants[kWide];
-  launch(run, warpgroups_kernel<T>, dim3(static_cast<unsigned>(v.n_blocks * v.fold)),
-         dim3(warpgroups::kWideThreads), static_cast<size_t>(warpgroups::kWideSmemBytes), a, plan,
-         plane_map(a, a.latent), plane_map(a, a.rope));
-}
-
 template <class T, bool kQ8>
 void attend(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& run) {
   const auto run_variant = [&](auto kernel, const AbsorbedVariant& v, int smem_bytes) {
@@ -145,7 +115,6 @@ void attend(const AttentionArgs& a, const AbsorbedPlan& plan, const CudaRun& run
   const bool by_16 = plan.copies_16;
   run_variant(by_16 ? narrow_kernel<T, kQ8, true> : narrow_kernel<T, kQ8, false>, few,
               narrow::smem_bytes(kQ8));
-  if (many.n_blocks > 0 && many.aligned) return attend_on_warpgroups<T>(a, plan, run);
   run_variant(by_16 ? wide_kernel<T, kQ8, true> : wide_kernel<T, kQ8, false>, many,
               wide::smem_bytes(kQ8, many.n_stages));
 }

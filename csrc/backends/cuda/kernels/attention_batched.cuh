@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kProductThreads)
   }
   __half* q = reinterpret_cast<__half*>(plan.q) + (int64_t{at.token} * a.h + at.head) * kKeyDims;
   for (int d = lane; d < kRopeDims; d += 32) {
-    const float x = d < a.r ? query_value(a.q_rope, token, at.head, d) : 0.0f;
+    const float x = d < a.r ? roped_value(a, token, at.head, d) : 0.0f;
     q[kLatentDims + d] = to_operand<__half>(factor * x);
   }
   for (int d = a.c + lane; d < kLatentDims; d += 32) q[d] = to_operand<__half>(0.0f);
