@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from cuda.device import cuda_backend
 from mla_backend import _core
-from mla_backend.ops import QuantTensor
+from mla_backend.ops import QuantTensor, quantize
 from reference.weights import random_weight
 
 Array = npt.NDArray[Any]
@@ -122,3 +122,48 @@ def test_a_write_takes_norm_and_rotation(device: str, n_tokens: int, format: str
         return run(backends, build, {"kv": kv, "positions": positions, "cells": cells}, "fast")[0]
 
     np.testing.assert_allclose(written([cuda_backend(), CPU]), written([CPU]), atol=2e-3)
+
+
+@pytest.mark.parametrize("device", ["cuda"])
+@pytest.mark.parametrize("n_tokens", [1, 16])
+def test_attention_takes_the_rotation_of_its_queries(device: str, n_tokens: int) -> None:
+    """Of one token, and of as many as are multiplied with k_b as matrices."""
+    heads, nope, rope, latent, value, n_cells = 32, 32, 16, 64, 24, 40
+    weights = [
+        quantize(floats(*shape, seed=i), "F16")
+        for i, shape in enumerate([(n_cells, latent), (n_cells, rope)])
+    ]
+    k_b = quantize(floats(heads, latent, nope, seed=7) / np.float32(8), "F16")
+    v_b = quantize(floats(heads, value, latent, seed=8) / np.float32(8), "F16")
+
+    def build(g: _core.Graph, precision: str) -> list[_core.Node]:
+        q = g.input("q", "F32", [n_tokens, heads, nope + rope])
+        turned = g.rope(
+            g.slice(q, 2, nope, nope + rope),
+            g.input("positions", "I32", [n_tokens]),
+            g.weight("f", plain(np.geomspace(1, 1e-3, rope // 2).astype(np.float32))),
+            0.75,
+        )
+        tensors = [_core.Tensor(w.rows, "F16", list(w.shape)) for w in [*weights, k_b, v_b]]
+        planes = [g.weight(f"w{i}", tensor) for i, tensor in enumerate(tensors)]
+        return [
+            g.mla_attention(
+                g.slice(q, 2, 0, nope),
+                turned,
+                *planes,
+                g.input("spans", "I32", [1, 6]),
+                g.input("table", "I32", [1, 1]),
+                scale=0.2,
+                precision=precision,
+                contraction="absorbed",
+            )
+        ]
+
+    inputs = {
+        "q": floats(n_tokens, heads, nope + rope, seed=9),
+        "positions": np.arange(n_tokens, dtype=np.int32) * 7 + 3,
+        "spans": np.array([[0, 0, n_tokens, 0, n_cells, 0]], np.int32),
+        "table": np.zeros((1, 1), np.int32),
+    }
+    got = run([cuda_backend(), CPU], build, inputs, "fast")[0]
+    np.testing.assert_allclose(got, run([CPU], build, inputs, "exact")[0], atol=2e-3)
