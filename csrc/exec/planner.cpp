@@ -138,7 +138,8 @@ class Planner {
     return slot;
   }
 
-  // Where a copy into `domain` comes from: the host, unless the value lies in a memory within reach.
+  // Where a copy into `domain` comes from: the host, unless the value lies in a memory within
+  // reach.
   int source_for(Node* root, Domain domain) {
     const auto& slots = by_root_[root];
     if (domain == kHost) return slots.front();

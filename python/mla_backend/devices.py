@@ -110,8 +110,8 @@ def device_problem(number: int) -> str:
     module = _module()
     try:
         info = module.device_info(number)
-    except DeviceError as error:  # it is lost to this process
-        return str(error).removeprefix(f"cuda:{number} is ")
+    except DeviceError as error:  # all are lost to this process
+        return str(error)
     return code_problem(info["name"], info["capability"], module.compiled_archs())
 
 

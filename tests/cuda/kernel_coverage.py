@@ -38,8 +38,8 @@ def main(module: Path, trace: Path) -> int:
     launched = set(trace.read_text().split()) if trace.exists() else set()
     kernels = kernels_of(module)
     missing = sorted(kernels - launched)
-    print(f"{len(kernels) - len(missing)} of {len(kernels)} kernels launched")
-    print("\n".join(f"never launched: {name}" for name in readable(missing)))
+    sys.stdout.write(f"{len(kernels) - len(missing)} of {len(kernels)} kernels launched\n")
+    sys.stdout.writelines(f"never launched: {name}\n" for name in readable(missing))
     return 1 if missing or not kernels else 0
 
 

@@ -88,6 +88,7 @@ run "pytest, all of CUDA" pytest.log "${pytest[@]}" "${split[@]}" tests --cuda=o
 # are made on purpose.
 if [ -n "${SANITIZE:-}" ]; then
   rm -f "$build/trace"
+  for program in "$build"/cuda_test_*; do MLA_CUDA_TRACE=$build/trace "$program" >/dev/null 2>&1; done
   list=("${pytest[@]}" "${split[@]}" -m "not large" tests/ops tests/cuda --cuda=short
     --ignore=tests/cuda/test_device_errors.py --ignore=tests/cuda/test_two_devices.py)
   MLA_CUDA_TRACE=$build/trace run "pytest, the short list" short.log "${list[@]}"

@@ -19,7 +19,7 @@ __global__ void go_wrong(int* out) {
 
 // ---- a device is lost ---------------------------------------------------------------------------
 
-constexpr const char* kLost = "cuda:0 is lost to this process";
+constexpr const char* kLost = "CUDA devices are lost to this process";
 
 void lose_device(Test& t, const OnDevice<int>& out) {
 #ifdef MLA_CUDA_EMULATE
@@ -31,6 +31,7 @@ void lose_device(Test& t, const OnDevice<int>& out) {
   });
 }
 
+// What was made before goes quietly at the end.
 void lost(Test& t) {
   const OnDevice<int> out(t, {0});
   const std::shared_ptr<std::byte> pinned = pinned_buffer(64);
@@ -44,24 +45,16 @@ void lost(Test& t) {
   fails("allocating after it", [&] { (void)alloc_device(64); });
   fails("asking for memory after it", [&] { (void)device_memory(); });
   t.report("devices are counted after it", device_count() > 0, "none");
-#ifdef MLA_CUDA_EMULATE
-  unsetenv("MLA_EMULATOR_LOST_AFTER");
-#endif
-  if (device_count() < 2) return;
-  use_device(1);
-  device_buffer(64).reset();
-  t.report("another device works", true, "");
-  use_device(1);
 }
 
 // ---- memory -------------------------------------------------------------------------------------
 
 void no_memory(Test& t) {
   const DeviceMemory before = device_memory();
-  t.expect_error<MemoryLimitError>("more memory than there is",
-                                   concat("cuda:0 is out of memory: ", before.total_bytes * 2,
-                                          " bytes asked for, "),
-                                   [&] { (void)alloc_device(before.total_bytes * 2); });
+  t.expect_error<MemoryLimitError>(
+      "more memory than there is",
+      concat("cuda:0 is out of memory: ", before.total_bytes * 2, " bytes asked for, "),
+      [&] { (void)alloc_device(before.total_bytes * 2); });
   const OnDevice<int> out(t, {5});
   t.compare("memory after it", out.host(), {5});
 }
@@ -108,7 +101,8 @@ void too_old(Test& t) {
   DeviceInfo info;
   info.name = "Tesla V100";
   info.major = 7;
-  t.expect_error<DeviceError>("a device too old", "compute capability 7.0, accepted is 7.5 or later",
+  t.expect_error<DeviceError>("a device too old",
+                              "compute capability 7.0, accepted is 7.5 or later",
                               [&] { check_capability(info); });
   info.minor = 5;
   check_capability(info);

@@ -21,9 +21,10 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def load(device: str, **options: Any) -> Model:
-    path = small_model("tiny-v3", "q8_0", n_layer=3)
-    return Model.load(path, device=device, n_ctx=128, n_batch=8, precision="exact", **options)
+def load(device: str, n_layer: int = 3, **options: Any) -> Model:
+    path = small_model("tiny-v3", "q8_0", n_layer=n_layer)
+    chosen: dict[str, Any] = {"n_batch": 8, "precision": "exact"} | options
+    return Model.load(path, device=device, n_ctx=128, **chosen)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,26 @@ def test_logits_are_the_cpus(device: str, options: dict[str, Any], on_device: in
         assert sum(name != "cpu" for name in placed.placement.layers) == on_device
         assert placed.memory.device_bytes > 0
         np.testing.assert_allclose(placed.logits(IDS), want, atol=5e-3)
+
+
+@pytest.mark.parametrize("cache_type", ["f16", "bf16", "q8_0"])
+def test_what_models_run_by_default(device: str, cache_type: str) -> None:
+    """The fast kernels of attention, of one token and of many, on a cache as models have it.
+
+    One layer, which has no experts: roundings make others choose other experts.
+    """
+    options: dict[str, Any] = {"precision": "fast", "cache_type": cache_type, "n_batch": 128}
+    options["n_layer"] = 1
+    for attention in ("absorbed", "expanded"):
+        with (
+            load("cpu", attention=attention, **options) as cpu,
+            load(device, attention=attention, **options) as placed,
+        ):
+            ids = IDS * 12
+            want, got = cpu.logits(ids), placed.logits(ids)
+            assert np.abs(got - want).max() <= 0.05 * np.abs(want).max()
+            for model in (cpu, placed):
+                assert len(model.generate(ids, max_tokens=1, ignore_eos=True).tokens) == 1
 
 
 def test_a_session_moves_from_device_to_cpu(device: str, tmp_path: Path) -> None:

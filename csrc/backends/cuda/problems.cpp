@@ -29,8 +29,8 @@ std::string absence_text(Absence absence, int driver, int runtime, const char* v
 }
 
 void throw_no_such_device(int index, int count, const std::string& problem) {
-  throw DeviceError(concat("CUDA device ", index, " does not exist: ",
-                           count > 0 ? concat("there are ", count) : problem));
+  throw DeviceError(concat("CUDA device ", index,
+                           " does not exist: ", count > 0 ? concat("there are ", count) : problem));
 }
 
 void check_capability(const DeviceInfo& device) {
@@ -59,9 +59,9 @@ void throw_out_of_pinned_memory(size_t bytes) {
   throw MemoryLimitError(concat("CUDA: cannot pin ", bytes, " bytes of host memory"));
 }
 
-void throw_lost(int index, std::string_view why) {
-  throw DeviceError(concat("cuda:", index, " is lost to this process (", why,
-                           "): start the process again to use it; other devices still work"));
+void throw_lost(std::string_view why) {
+  throw DeviceError(concat("CUDA devices are lost to this process (", why,
+                           "): start it again to use them; the CPU still works"));
 }
 
 }  // namespace mla::cuda

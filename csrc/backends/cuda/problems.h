@@ -30,8 +30,8 @@ void check_capability(const DeviceInfo& device);  // throws DeviceError
 [[noreturn]] void throw_out_of_memory(int index, std::string_view what);
 [[noreturn]] void throw_out_of_pinned_memory(size_t bytes);
 
-// A kernel went wrong, or the hardware: the process can never use the device again, and every call
-// says so.
-[[noreturn]] void throw_lost(int index, std::string_view why);
+// A kernel went wrong, or the hardware: the process can never use its devices again, not the others
+// either, and every call says so.
+[[noreturn]] void throw_lost(std::string_view why);
 
 }  // namespace mla::cuda

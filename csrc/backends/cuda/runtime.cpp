@@ -14,8 +14,8 @@ constexpr size_t kUnaskedSmemBytes = 48 * 1024;
 // Kernels start before the ones before them have ended from this capability on.
 constexpr int kDependentLaunchMajor = 9;
 
-// After these, every further call for the device fails in the same way.
-bool loses_the_device(cudaError_t error) {
+// After these, every further call fails in the same way, for other devices too.
+bool loses_devices(cudaError_t error) {
   switch (error) {
     case cudaErrorIllegalAddress:
     case cudaErrorLaunchTimeout:
@@ -56,7 +56,7 @@ void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   (void)cudaGetLastError();
   const int index = device_in_use();
-  if (loses_the_device(error)) throw_lost(index, text_of(error));
+  if (loses_devices(error)) throw_lost(text_of(error));
   if (error == cudaErrorMemoryAllocation) throw_out_of_memory(index, what);
   if (error == cudaErrorNoKernelImageForDevice) throw_no_code(device_info(index));
   throw DeviceError(concat("cuda:", index, ": ", what, ": ", text_of(error)));

@@ -37,10 +37,10 @@ def build_graph(
     """One pass of ``shape.n_tokens`` tokens through the model.
 
     Inputs by name: ids, positions, cells I32 [T]; spans I32 [S, 6]; block_table I32 [S, blocks];
-    rows I32 [n_outputs] if there are any. Output 0: logits F32 [n_outputs, vocab], or,
-    without outputs, the hidden states F32 [T, D]. With ``shape.n_candidates`` the logits are there
-    on demand, and outputs 1 to 3 are those of ``Graph.top_k``. An observer is told of every product
-    with weights. ``place`` tells by the name of a weight where it lies, and so where it is
+    rows I32 [n_outputs] if there are any. Output 0: logits F32 [n_outputs, vocab], or, without
+    outputs and on demand, the hidden states F32 [T, D]. With ``shape.n_candidates`` the logits are
+    there on demand, and outputs 1 to 3 are those of ``Graph.top_k``. An observer is told of every
+    product with weights. ``place`` tells by the name of a weight where it lies, and so where it is
     multiplied.
     """
     g = _core.Graph()
@@ -65,7 +65,7 @@ def build_graph(
         if observer is not None:
             observer(g, [name], x, None)
         x = g.matmul(x, output, precision=precision)
-    g.output(x, on_demand=shape.n_candidates > 0)
+    g.output(x, on_demand=shape.n_candidates > 0 or leaves.rows is None)
     if shape.n_candidates:
         for part in g.top_k(x, shape.n_candidates):
             g.output(part)

@@ -11,8 +11,8 @@
 
 #include "base/error.h"
 #include "emulator/copies.h"
-#include "emulator/devices.h"
 #include "emulator/device.h"
+#include "emulator/devices.h"
 #include "emulator/faults.h"
 #include "emulator/fiber.h"
 #include "emulator/limits.h"

@@ -1,7 +1,6 @@
 #include "emulator/devices.h"
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <climits>
 #include <cstdlib>
@@ -21,9 +20,9 @@ struct State {
   std::atomic<bool> lost = false;
 };
 
-State& state_of(int device) {
-  static std::array<State, kMaxDevices> states;
-  return states[static_cast<size_t>(device)];
+State& the_state() {
+  static State state;
+  return state;
 }
 
 thread_local int in_use = 0;
@@ -38,12 +37,10 @@ int setting(const char* name, int otherwise) {
 int device_in_use() { return in_use; }
 
 void check_device() {
-  if (state_of(in_use).lost) cuda::throw_lost(in_use, kFault);
+  if (the_state().lost) cuda::throw_lost(kFault);
 }
 
-size_t device_total_bytes() {
-  return static_cast<size_t>(setting("MLA_EMULATOR_MIB", 8192)) << 20;
-}
+size_t device_total_bytes() { return static_cast<size_t>(setting("MLA_EMULATOR_MIB", 8192)) << 20; }
 
 void note_launch(const std::string& kernel) {
   check_device();
@@ -51,7 +48,7 @@ void note_launch(const std::string& kernel) {
     std::ofstream(path, std::ios::app) << kernel << '\n';
   }
   if (setting("MLA_EMULATOR_NO_CODE", 0) != 0) cuda::throw_no_code(cuda::device_info(in_use));
-  State& state = state_of(in_use);
+  State& state = the_state();
   if (state.n_launches++ >= setting("MLA_EMULATOR_LOST_AFTER", INT_MAX)) state.lost = true;
   check_device();
 }
@@ -72,9 +69,9 @@ int device_count() {
 std::string device_problem() {
   if (device_count() > 0) return "";
   const int driver = driver_version();
-  const Absence absence = driver == 0                   ? Absence::no_driver
+  const Absence absence = driver == 0                  ? Absence::no_driver
                           : driver < runtime_version() ? Absence::old_driver
-                                                        : Absence::hidden;
+                                                       : Absence::hidden;
   return absence_text(absence, driver, runtime_version(), std::getenv("CUDA_VISIBLE_DEVICES"));
 }
 
