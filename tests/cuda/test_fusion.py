@@ -129,7 +129,7 @@ def test_a_write_takes_norm_and_rotation(device: str, n_tokens: int, format: str
 def test_attention_takes_the_rotation_of_its_queries(device: str, n_tokens: int) -> None:
     """Of one token, and of as many as are multiplied with k_b as matrices."""
     heads, nope, rope, latent, value, n_cells = 32, 32, 16, 64, 24, 40
-    weights = [
+    cache = [
         quantize(floats(*shape, seed=i), "F16")
         for i, shape in enumerate([(n_cells, latent), (n_cells, rope)])
     ]
@@ -144,13 +144,18 @@ def test_attention_takes_the_rotation_of_its_queries(device: str, n_tokens: int)
             g.weight("f", plain(np.geomspace(1, 1e-3, rope // 2).astype(np.float32))),
             0.75,
         )
-        tensors = [_core.Tensor(w.rows, "F16", list(w.shape)) for w in [*weights, k_b, v_b]]
-        planes = [g.weight(f"w{i}", tensor) for i, tensor in enumerate(tensors)]
+        held = [
+            g.weight(f"w{i}", _core.Tensor(w.rows, "F16", list(w.shape)))
+            for i, w in enumerate([*cache, k_b, v_b])
+        ]
         return [
             g.mla_attention(
                 g.slice(q, 2, 0, nope),
                 turned,
-                *planes,
+                held[0],
+                held[1],
+                held[2],
+                held[3],
                 g.input("spans", "I32", [1, 6]),
                 g.input("table", "I32", [1, 1]),
                 scale=0.2,
