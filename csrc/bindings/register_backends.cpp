@@ -157,6 +157,20 @@ py::dict report(const PyExecutor& self) {
   return out;
 }
 
+py::dict measure_peak(cpu::CpuBackend& self, size_t read_bytes, int n_repeats) {
+  cpu::Peak peak;
+  {
+    const py::gil_scoped_release unlocked;
+    peak = self.measure_peak(read_bytes, n_repeats);
+  }
+  py::dict out;
+  out["read_bytes"] = peak.read_bytes;
+  out["f32_ops"] = peak.f32_ops;
+  out["int8_ops"] = peak.int8_ops;
+  out["bf16_ops"] = peak.bf16_ops;
+  return out;
+}
+
 void register_devices(py::module_& m) {
   py::class_<sys::ThreadPool, std::shared_ptr<sys::ThreadPool>>(
       m, "ThreadPool", "Worker threads. n_threads counts the caller; 0: one per physical core.")
@@ -184,7 +198,11 @@ void register_devices(py::module_& m) {
       .def(py::init<std::shared_ptr<sys::ThreadPool>, std::string_view>(), arg("pool").none(false),
            arg("isa") = "", "Raises UnsupportedError where this CPU lacks the ISA.")
       .def_property_readonly("isa", [](const cpu::CpuBackend& b) { return std::string(b.isa()); })
-      .def_property_readonly("n_threads", &cpu::CpuBackend::n_threads);
+      .def_property_readonly("n_threads", &cpu::CpuBackend::n_threads)
+      .def("measure_peak", &measure_peak, arg("read_bytes"), arg("n_repeats"),
+           "Rates per second that the threads reach at best: read_bytes of memory, and f32_ops, "
+           "int8_ops, bf16_ops, two per multiply-add (0: the ISA has no unit). Takes read_bytes of "
+           "memory.");
   py::class_<SubsetBackend, Backend, std::shared_ptr<SubsetBackend>>(
       m, "SubsetBackend", "Another backend restricted to some ops, with memory of its own.")
       .def(py::init<std::shared_ptr<Backend>, std::set<std::string>>(), arg("inner").none(false),
@@ -236,11 +254,10 @@ void register_backends(py::module_& m) {
            "View of an output; its values stay until the next run in the workspace. What is due on "
            "demand is copied by the first call after a run. Raises DeviceError where values are "
            "gone.")
-      .def(
-          "report", &report,
-          "arena_bytes, unshared_bytes, scratch_bytes, n_copies, n_direct_copies (from device to "
-          "device), steps [(op or \"hop\", backend)], "
-          "refusals [why nodes are not where they were wanted].");
+      .def("report", &report,
+           "arena_bytes, unshared_bytes, scratch_bytes, n_copies, n_direct_copies (from device to "
+           "device), steps [(op or \"hop\", backend)], "
+           "refusals [why nodes are not where they were wanted].");
 }
 
 }  // namespace mla::bindings

@@ -153,6 +153,10 @@ class CpuBackend(Backend):
         """
         Raises UnsupportedError where this CPU lacks the ISA.
         """
+    def measure_peak(self, read_bytes: typing.SupportsInt | typing.SupportsIndex, n_repeats: typing.SupportsInt | typing.SupportsIndex) -> dict[str, typing.Any]:
+        """
+        Rates per second that the threads reach at best: read_bytes of memory, and f32_ops, int8_ops, bf16_ops, two per multiply-add (0: the ISA has no unit). Takes read_bytes of memory.
+        """
     @property
     def isa(self) -> str:
         ...

@@ -10,6 +10,12 @@
 
 namespace mla::cpu {
 
+// Rates per second; 0 where the ISA has no such unit.
+struct Peak {
+  double read_bytes = 0;
+  double f32_ops = 0, int8_ops = 0, bf16_ops = 0;  // two per multiply-add
+};
+
 class CpuBackend final : public Backend {
  public:
   CpuBackend(std::shared_ptr<sys::ThreadPool> pool, std::string_view isa = "");
@@ -17,6 +23,9 @@ class CpuBackend final : public Backend {
   std::string_view isa() const { return kernels_.isa; }
   const KernelTable& kernels() const { return kernels_; }
   int n_threads() const { return pool_->n_threads(); }
+  // The best of n_repeats runs of the probes on all threads, over read_bytes of memory of their
+  // own. It takes a fraction of a second; other work on the machine lowers what is found.
+  Peak measure_peak(size_t read_bytes, int n_repeats);
   bool supports_op(const Node& node) const override;
   bool shares_host_memory() const override { return true; }
   size_t scratch_bytes(const Node& node) const override;

@@ -97,12 +97,25 @@ struct EncodeTable {
   EncodeKernel blocks[kFormatCount];  // null where the format is not quantized
 };
 
+// ---- limits ---------------------------------------------------------------------------------
+// Multiply-adds in registers: n_steps times n_ops operations, two per multiply-add. seed is 0.
+// See kernels/probe.inc.cpp.
+struct MultiplyProbe {
+  uint32_t (*run)(int64_t n_steps, uint32_t seed) noexcept;  // null where the ISA has no unit
+  int64_t n_ops;
+};
+struct ProbeTable {
+  uint32_t (*read)(const std::byte* data, int64_t n_bytes) noexcept;
+  MultiplyProbe f32, int8, bf16;
+};
+
 struct KernelTable {
   std::string_view isa;
   const MatmulTable* matmul;
   const RowTable* row;
   const AttentionTable* attention;
   const EncodeTable* encode;
+  const ProbeTable* probe;
 };
 
 }  // namespace mla::cpu

@@ -42,6 +42,8 @@ inline I32 dot(Bytes w, Bytes x) {
   return (I32)_mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1));
 }
 
+inline I32 dot_add(I32 sum, Bytes w, Bytes x) { return sum + dot<false>(w, x); }
+
 inline void put_pair(Bytes* q, int pair, U8x32 a, U8x32 b) {
   q[2 * pair] = a;
   q[2 * pair + 1] = b;

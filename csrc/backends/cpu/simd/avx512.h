@@ -40,6 +40,10 @@ inline I32 dot(Bytes w, Bytes x) {
   return (I32)_mm512_dpbusd_epi32(_mm512_setzero_si512(), (__m512i)w, (__m512i)x);
 }
 
+inline I32 dot_add(I32 sum, Bytes w, Bytes x) {
+  return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+}
+
 inline void put_pair(Bytes* q, int pair, U8x32 a, U8x32 b) {
   q[pair] = (Bytes)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)a), (__m256i)b, 1);
 }

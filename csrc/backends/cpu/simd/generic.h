@@ -67,6 +67,8 @@ inline I32 dot(Bytes w, Bytes x) {
 #endif
 }
 
+inline I32 dot_add(I32 sum, Bytes w, Bytes x) { return sum + dot<false>(w, x); }
+
 inline void put_pair(Bytes* q, int pair, U8x32 a, U8x32 b) {
   q[4 * pair] = __builtin_shufflevector(a, a, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   q[4 * pair + 1] =

@@ -11,6 +11,7 @@
 //       lane's four lie within the 16 bytes that `spread` gives one scale. w in [0, 127], or in
 //       [-128, 127] if is_signed. Where kSignedByOffset, w may be any unsigned byte, and signed
 //       weights come as w + 128: the kernel takes 128 sum(x) off again.
+//   I32 dot_add(sum, w, x)  sum + dot<false>(w, x)
 //   put_pair(Bytes*, pair, U8x32, U8x32)  groups 2 pair and 2 pair + 1 of 32 bytes, into registers
 //   F32 spread(F32x16, part)          one number per 16 bytes -> the lanes of register `part`
 //   F32x16 widen_u8, widen_s8(U8x16), widen_f16(U16x16)
