@@ -237,4 +237,15 @@ __device__ inline void convert_rows(const AttentionArgs& a, const TileRows<kCell
   }
 }
 
+// The part of a piece whose cells are all later than its tokens: zeros, which whoever adds parts up
+// loads before it knows that they weigh nothing.
+template <int kRows>
+__device__ inline void write_unseen_part(const AbsorbedVariant& variant, int slot) {
+  constexpr int kChunks = kRows * kLatentDims * 2 / 16;
+  const int n_threads = static_cast<int>(blockDim.x);
+  auto* part = reinterpret_cast<uint4*>(variant.parts) + int64_t{slot} * kChunks;
+  for (int i = threadIdx.x; i < kChunks; i += n_threads) part[i] = uint4{0, 0, 0, 0};
+  if (threadIdx.x < kRows) variant.lse[int64_t{slot} * kRows + threadIdx.x] = kMinusInf;
+}
+
 }  // namespace mla::cuda

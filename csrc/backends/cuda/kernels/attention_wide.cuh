@@ -48,10 +48,7 @@ class Block {
     const Span span = entry.span();
     const int seen = visible_cells(span, (first_row + n_rows - 1) / a_.h);
     end = min(end, ceil_div(seen, kTileCells));
-    if (begin >= end) {  // all of it is later than these tokens
-      if (threadIdx.x < kRows) variant_.lse[int64_t{slot} * kRows + threadIdx.x] = kMinusInf;
-      return;
-    }
+    if (begin >= end) return write_unseen_part<kRows>(variant_, slot);
     start(span, first_row, n_rows, begin);
     for (int tile = begin; tile < end; ++tile) {
       std::byte* cells = next_tile(span, tile, end);
