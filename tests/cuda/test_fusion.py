@@ -87,6 +87,22 @@ def test_products_take_the_norm_of_their_row(
 
 
 @pytest.mark.parametrize("device", ["cuda"])
+@pytest.mark.parametrize("width", [2080, 20480, 36864])
+def test_wide_rows_take_their_norm(device: str, width: int) -> None:
+    """Of several segments, of which the last is not whole; beyond what shared memory holds twice."""
+
+    def build(g: _core.Graph, precision: str) -> list[_core.Node]:
+        x = g.input("x", "F32", [1, width])
+        normed = g.rms_norm(x, g.weight("n", plain(1 + floats(width))))
+        return [g.matmul(normed, g.weight("w", quantized("Q5_0", 5, width)), precision=precision)]
+
+    inputs = {"x": floats(1, width, seed=1)}
+    got = run([cuda_backend(), CPU], build, inputs, "fast")[0]
+    want = run([CPU], build, inputs, "exact")[0]
+    np.testing.assert_allclose(got, want, atol=1e-3 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("device", ["cuda"])
 @pytest.mark.parametrize("n_tokens", [1, 5])
 @pytest.mark.parametrize("format", ["F16", "Q8_0"])
 def test_a_write_takes_norm_and_rotation(device: str, n_tokens: int, format: str) -> None:

@@ -9,8 +9,8 @@
 namespace mla::cuda {
 namespace {
 
-constexpr int kBlocksPerSm = 1;  // the larger a block, the less often x is staged
-constexpr int kMostSlots = 32;   // a warp keeps the experts of a token, one in each lane
+constexpr int kFewestWarps = 4;
+constexpr int kMostSlots = 32;  // a warp keeps the experts of a token, one in each lane
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -31,10 +31,11 @@ bool norm_fits(const Norm& norm) {
                         reinterpret_cast<uintptr_t>(norm.weight) % 16 == 0);
 }
 
-int smem_bytes(const MatVec& m, const MatVecKernel& kernel) {
+size_t smem_bytes(const MatVec& m, const MatVecKernel& kernel) {
   const int parts = m.weights != nullptr ? 2 * m.pairs_per_block * m.n_slots : 0;
-  return m.n_x * staged_bytes(m.k) + kMatVecWarps * kernel.warp_bytes +
-         (m.n_x * m.k + parts) * static_cast<int>(sizeof(float));
+  const int n_floats = (m.copies_x ? m.n_x * m.k : 0) + parts;
+  return static_cast<size_t>(m.n_x * staged_bytes(m.k) + m.n_warps * kernel.warp_bytes) +
+         static_cast<size_t>(n_floats) * sizeof(float);
 }
 
 void set_x(MatVec& m, const Product& p) {
@@ -67,32 +68,51 @@ void set_routing(MatVec& m, const Product& p) {
   m.weight_stride = p.weight_stride[1] / int64_t{sizeof(float)};
 }
 
-// How the work is divided. Where slots are summed, a block has some pairs of all of them.
-int divide(MatVec& m, const Product& p, const DeviceInfo& device) {
-  const int most = kBlocksPerSm * device.n_sm;
-  m.n_pairs = p.swiglu ? p.n : divide_up(p.n, 2);
-  m.pair_bytes = (p.swiglu ? 1 : 2) * m.row_bytes;
-  if (p.summed) {
-    m.pairs_per_block = std::min(divide_up(m.n_pairs, most), kMatVecThreads / 2);
-    m.units_per_warp = divide_up(m.pairs_per_block * m.n_slots, kMatVecWarps);
+// How the work is divided among blocks of n_warps. Where slots are summed, a block has some pairs
+// of all of them.
+int divide(MatVec& m, int n_warps, const DeviceInfo& device) {
+  m.n_warps = n_warps;
+  if (m.weights != nullptr) {
+    m.pairs_per_block = std::min(divide_up(m.n_pairs, device.n_sm), 32 * n_warps / 2);
+    m.units_per_warp = divide_up(m.pairs_per_block * m.n_slots, n_warps);
     return divide_up(m.n_pairs, m.pairs_per_block);
   }
   const int n_units = m.n_pairs * m.n_slots;
-  m.units_per_warp = divide_up(n_units, most * kMatVecWarps);
-  return std::min(divide_up(n_units, m.units_per_warp), most);
+  m.units_per_warp = divide_up(n_units, device.n_sm * n_warps);
+  return std::min(divide_up(n_units, m.units_per_warp), device.n_sm);
 }
 
-MatVec make_matvec(const Product& p, const DeviceInfo& device, int* n_blocks) {
+struct Plan {
   MatVec m;
+  int n_blocks = 0;
+  size_t smem_bytes = 0;
+  bool fits = false;
+};
+
+// One block for each multiprocessor, or x would be staged more often; as many warps as have room.
+Plan make_plan(const Product& p, const DeviceInfo& device) {
+  const MatVecKernel& kernel = product_kernels(p.w.format).matvec;
+  Plan plan;
+  MatVec& m = plan.m;
   set_x(m, p);
-  set_weights(m, p, product_kernels(p.w.format).matvec);
+  set_weights(m, p, kernel);
   set_routing(m, p);
   m.residual = p.has_residual ? reinterpret_cast<const float*>(p.residual) : nullptr;
   m.residual_step = p.residual_step / int64_t{sizeof(float)};
   m.out = p.out;
   m.swiglu = p.swiglu;
-  *n_blocks = divide(m, p, device);
-  return m;
+  m.n_pairs = p.swiglu ? p.n : divide_up(p.n, 2);
+  m.pair_bytes = (p.swiglu ? 1 : 2) * m.row_bytes;
+  for (int n_warps = kMostMatVecWarps; n_warps >= kFewestWarps && !plan.fits; n_warps /= 2) {
+    plan.n_blocks = divide(m, n_warps, device);
+    for (const bool copies : {true, false}) {
+      m.copies_x = copies;
+      plan.smem_bytes = smem_bytes(m, kernel);
+      plan.fits = plan.smem_bytes <= device.smem_per_block;
+      if (plan.fits) break;
+    }
+  }
+  return plan;
 }
 
 bool halves_match(const Product& p) {
@@ -110,19 +130,14 @@ bool matvec_fits(const Product& p, const DeviceInfo& device) {
   }
   if (!p.routed && (p.extent[2] != 1 || p.n_matrices[0] * p.n_matrices[1] != 1)) return false;
   if (!x_fits(p) || !norm_fits(p.norm) || (p.summed && p.n_slots == 0)) return false;
-  int n_blocks = 0;
-  const MatVec m = make_matvec(p, device, &n_blocks);
-  return static_cast<size_t>(smem_bytes(m, product_kernels(p.w.format).matvec)) <=
-         device.smem_per_block;
+  return make_plan(p, device).fits;
 }
 
 void run_matvec(const CudaRun& run, const Product& p) {
-  const MatVecKernel& kernel = product_kernels(p.w.format).matvec;
-  int n_blocks = 0;
-  MatVec m = make_matvec(p, run.device, &n_blocks);
-  m.waits_last = run.overlap == Overlap::waits_last;
-  launch(run, kernel.kernel, dim3(static_cast<unsigned>(n_blocks)), dim3(kMatVecThreads),
-         static_cast<size_t>(smem_bytes(m, kernel)), m);
+  Plan plan = make_plan(p, run.device);
+  plan.m.waits_last = run.overlap == Overlap::waits_last;
+  launch(run, product_kernels(p.w.format).matvec.kernel, dim3(static_cast<unsigned>(plan.n_blocks)),
+         dim3(static_cast<unsigned>(32 * plan.m.n_warps)), plan.smem_bytes, plan.m);
 }
 
 }  // namespace mla::cuda

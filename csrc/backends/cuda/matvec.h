@@ -6,8 +6,7 @@
 
 namespace mla::cuda {
 
-inline constexpr int kMatVecWarps = 16;
-inline constexpr int kMatVecThreads = 32 * kMatVecWarps;
+inline constexpr int kMostMatVecWarps = 16;  // of a block
 
 // Of a row's planes: where they begin in the row, and in a segment; bytes of a whole segment.
 struct SegmentPlanes {
@@ -18,6 +17,7 @@ struct SegmentPlanes {
 struct MatVec {
   const float* x = nullptr;  // [n_x, k]; n_x: slots or 1
   int n_x = 1, k = 0;
+  bool copies_x = false;  // to shared memory as it is, where there is room
   Norm norm;
 
   const std::byte* w[2] = {};  // of the second row of a pair: up, or the first once more
@@ -40,6 +40,7 @@ struct MatVec {
   int n_pairs = 0;  // of a slot
   int64_t pair_bytes = 0;
   int pairs_per_block = 0;  // where slots are summed
+  int n_warps = 0;          // of a block
   int units_per_warp = 0;   // pairs
 };
 

@@ -230,14 +230,14 @@ __device__ __forceinline__ void store_sums(const MatVec& m, const Share& share,
 }  // namespace matvec
 
 template <Format F>
-__global__ void __launch_bounds__(kMatVecThreads, 1)
+__global__ void __launch_bounds__(32 * kMostMatVecWarps, 1)
     matvec_kernel(const __grid_constant__ MatVec m) {
   using namespace matvec;
   std::byte* rings = dynamic_smem();
-  std::byte* barriers = rings + kMatVecWarps * Ring<F>::kBytes;
-  float* batches = reinterpret_cast<float*>(barriers + kMatVecWarps * kBarrierRoom);
-  float* raw = batches + kMatVecWarps * kBatchFloats;
-  std::byte* x = reinterpret_cast<std::byte*>(raw + m.n_x * m.k);
+  std::byte* barriers = rings + m.n_warps * Ring<F>::kBytes;
+  float* batches = reinterpret_cast<float*>(barriers + m.n_warps * kBarrierRoom);
+  float* raw = batches + m.n_warps * kBatchFloats;
+  std::byte* x = reinterpret_cast<std::byte*>(raw + (m.copies_x ? m.n_x * m.k : 0));
   float* parts = reinterpret_cast<float*>(x + m.n_x * staged_bytes(m.k));
   float* batch = batches + warp_id() * kBatchFloats;
   Ring<F> ring(m.planes, m.row_bytes, rings + warp_id() * Ring<F>::kBytes,

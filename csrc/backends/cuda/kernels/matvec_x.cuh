@@ -3,8 +3,8 @@
 // A row is [high: k][low: k][scale and sum: k / 16]: x = scale * (256 high + low), the scale that
 // of 16 neighbours, the sum that of their 16. What x is multiplied by may be its RMS norm
 // (product.h), taken by each block for itself. Four threads have 16 neighbours; each has the
-// numbers that it copied to shared memory itself. Error: x is rounded to 2^-16 of the largest of
-// its 16.
+// numbers that it copied to shared memory itself, where there was room. Error: x is rounded to
+// 2^-16 of the largest of its 16.
 #pragma once
 
 #include "backends/cuda/kernels/norm.cuh"
@@ -75,21 +75,26 @@ __device__ __forceinline__ void stage_run(const Run& run, std::byte* row, int k,
   }
 }
 
-// All rows of x, all threads of the block; raw: [n_x * k]. A norm is that of the only row.
+// All rows of x, all threads of the block; raw: [n_x * k], or nothing. A norm is that of the only
+// row.
 __device__ __forceinline__ void stage(const MatVec& m, float* raw, std::byte* smem) {
-  constexpr int kStep = kRun * kMatVecThreads;
+  const int step = kRun * kWarpThreads * m.n_warps;
   __shared__ NormRoom room;
   const int n = m.n_x * m.k, own = kRun * static_cast<int>(threadIdx.x);
+  const float* x = m.x;
+  if (m.copies_x) {
 #pragma unroll 1
-  for (int i = own; i < n; i += kStep) cp_async16(raw + i, m.x + i);
-  cp_async_commit();
-  cp_async_wait<0>();
+    for (int i = own; i < n; i += step) cp_async16(raw + i, x + i);
+    cp_async_commit();
+    cp_async_wait<0>();
+    x = raw;
+  }
   NormFactor factor;
   if (m.norm.used) {
     float sum = 0.0f;
 #pragma unroll 1
-    for (int i = own; i < n; i += kStep) {
-      const Run run = load_run(raw + i);
+    for (int i = own; i < n; i += step) {
+      const Run run = load_run(x + i);
 #pragma unroll
       for (float x : run.at) sum = fmaf(x, x, sum);
     }
@@ -97,10 +102,10 @@ __device__ __forceinline__ void stage(const MatVec& m, float* raw, std::byte* sm
                          m.k, m.norm.eps, room);
   }
 #pragma unroll 1
-  for (int first = 0; first < n; first += kStep) {  // whole warps shuffle
+  for (int first = 0; first < n; first += step) {  // whole warps shuffle
     const bool stores = first + own < n;
     const int i = stores ? first + own : own % n;
-    Run run = load_run(raw + i);
+    Run run = load_run(x + i);
     if (m.norm.used) {
       const Run weights = load_run(reinterpret_cast<const float*>(m.norm.weight) + i);
 #pragma unroll
