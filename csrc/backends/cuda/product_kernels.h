@@ -21,10 +21,11 @@ struct ProductKernels {
   void (*exact_across)(Product, Finish) = nullptr;  // null for plain formats
 
   void (*small_batch[4])(SmallBatch) = {};  // for 1, 2, 4, 8 tiles of 8 rows of x; null: none
-  void (*stage_rows)(Product, bool, std::byte*, float*, int) = nullptr;
+  void (*stage_rows)(StageRows) = nullptr;
   RowLayout layout{};
-  int stage_bytes = 0;  // of a warp's ring
-  int unit = 0;         // of k
+  int w_unit_bytes = 0;  // of a warp's 16 rows, in shared memory
+  int x_unit_bytes = 0;  // of a row of x, likewise
+  int unit = 0;          // of k
 
   MatVecKernel matvec;
 };

@@ -8,6 +8,7 @@ namespace mla::cuda {
 enum class RowLayout : uint8_t {
   packed,         // f16, in the order of packed weights
   packed_sums32,  // and the sums over each 32
+  packed_halves,  // likewise, the second 16 of each 32 divided by 16
   packed_sums16,  // and the sums over each 16
   plain_f16,      // in order
   plain_bf16,
@@ -17,13 +18,21 @@ inline constexpr int kStagedUnit = 256;  // numbers that a warp converts at a ti
 
 constexpr int staged_units(int k) { return (k + kStagedUnit - 1) / kStagedUnit; }
 constexpr int sums_bytes(RowLayout layout) {  // per unit
-  return layout == RowLayout::packed_sums32 ? 32 : layout == RowLayout::packed_sums16 ? 64 : 0;
+  switch (layout) {
+    case RowLayout::packed_sums32:
+    case RowLayout::packed_halves:
+      return 32;
+    case RowLayout::packed_sums16:
+      return 64;
+    default:
+      return 0;
+  }
 }
-// From row to row: an odd multiple of 64 bytes, so that the two rows which eight lanes read 64
-// bytes of lie in different banks.
+// A staged unit: its numbers, then its sums.
+constexpr int staged_unit_bytes(RowLayout layout) { return 2 * kStagedUnit + sums_bytes(layout); }
+// From row to row.
 constexpr int staged_pitch(RowLayout layout, int k) {
-  const int bytes = staged_units(k) * (2 * kStagedUnit + sums_bytes(layout));
-  return (bytes + 127) / 128 * 128 + 64;
+  return staged_units(k) * staged_unit_bytes(layout);
 }
 
 }  // namespace mla::cuda

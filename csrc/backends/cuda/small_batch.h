@@ -1,57 +1,74 @@
 // The launch of small_batch.cuh: what its kernels are given, and the table of kernels per format.
 #pragma once
 
+#include "backends/cuda/packed.h"
 #include "backends/cuda/product.h"
 #include "backends/cuda/row_layout.h"
 
 namespace mla::cuda {
 
-inline constexpr int kSmallBatchWarps = 8;
-inline constexpr int kSmallBatchThreads = 32 * kSmallBatchWarps;
-inline constexpr int kMaxSmallRows = 64;     // of one matrix: 8 tiles of 8 columns
-inline constexpr int kMaxRoutedPairs = 512;  // that a block finds its own among: 2 each thread
-inline constexpr int kMaxSlots = 64;         // experts of a token, summed by one block
+inline constexpr int kMaxSmallRows = 64;        // of one matrix: 8 tiles of 8 columns
+inline constexpr int kMaxRoutedPairs = 512;     // 2 for each thread of a block
+inline constexpr int kMaxRoutedExperts = 1024;  // whose pairs a block counts
 
-// What the blocks of a range of w's rows have in common.
-enum class Jobs : uint8_t {
-  matrices,  // one matrix, all rows that meet it
-  pairs,     // one routed row
-  experts,   // one expert, all rows routed to it
-  sums,      // one token, all its experts, summed
+// Rows of x on their way to f16: staged_rows.cuh.
+inline constexpr int kMaxStageThreads = 1024;
+inline constexpr int kStagedUnitsPerWarp = 4;  // in registers
+inline constexpr int kMaxStagedK = kMaxStageThreads / 32 * kStagedUnitsPerWarp * kStagedUnit;
+
+struct StageRows {
+  Product product;
+  bool fours = false;  // x may be read four neighbours at a time
+  std::byte* out = nullptr;
+  float* scales = nullptr;
+  int pitch = 0;
+  int* counters = nullptr;
+  int n_counters = 0;
 };
 
 struct SmallBatch {
   Product product;
-  Jobs jobs = Jobs::matrices;
   Finish finish = Finish::store;
-  int n_segments = 1;  // matrices that follow each other: 2 for a swiglu, the slots of a sum
-  int n_units = 0;     // of k
-  int split = 1;       // warps that divide k
-  int blocks_per_job = 1, rows_per_block = 0;  // rows of w
-  bool fours = false;                          // x may be read four neighbours at a time
-  // Rows staged by a kernel before; null: each block stages its own at x_at of its memory.
+  int planes[kMaxPlanes + 1] = {};  // where those of a row of w begin, and the last ends
+  int n_units = 0;                  // of k
+  int n_steps = 0;                  // of k
+  int tiles_per_job = 0;            // of rows of w
+  int rows_per_matrix = 0;          // of x; this and the next two not of routed products
+  int column_tiles = 1;             // of them
+  int n_jobs = 0;
   const std::byte* staged = nullptr;
   const float* scales = nullptr;
-  int pitch = 0;
-  int x_at = 0, parts_at = 0;  // in shared memory, bytes
+  int pitch = 0;  // of staged rows
+  float* parts = nullptr;
+  int* counters = nullptr;
 };
 
-// Stages of a warp's ring: those that fit 76 KiB, so that two blocks with their rows of x share the
-// 227 KiB of a multiprocessor; devices before 8.0 copy at once and have 64 KiB.
-constexpr int stages_of(int stage_bytes, int capability) {
-  if (capability < 80) return 2;
-  const int fit = 76 * 1024 / (kSmallBatchWarps * stage_bytes);
-  return fit < 2 ? 2 : fit > 4 ? 4 : fit;
+// Of n_tiles tiles of 8 rows of x. Many rows want all of a multiprocessor's memory for one block,
+// which then reads x half as often.
+constexpr int small_batch_warps(int n_tiles) { return n_tiles <= 4 ? 8 : 16; }
+constexpr int small_batch_threads(int n_tiles) { return 32 * small_batch_warps(n_tiles); }
+// Blocks of a multiprocessor, and how much of its 227 KiB each may have for its rings.
+constexpr int small_batch_blocks(int n_tiles) { return n_tiles <= 4 ? 2 : 1; }
+constexpr int small_batch_room(int n_tiles) { return n_tiles <= 4 ? 108 << 10 : 220 << 10; }
+
+// How a block goes along k: so many units at a time, in rings of so many stages.
+struct Steps {
+  int units, stages;
+};
+
+// Bytes of a stage: a unit of weights for each warp, one of x for each column.
+constexpr int stage_bytes_of(int w_unit_bytes, int x_unit_bytes, int n_tiles) {
+  return small_batch_warps(n_tiles) * w_unit_bytes + 8 * n_tiles * x_unit_bytes;
 }
 
-// The warps that divide k, n_units of it: as many as have equal shares, within a tenth.
-constexpr int split_of(int n_units) {
-  int best = 1;
-  for (int split = 1; split <= kSmallBatchWarps; split *= 2) {
-    const int turns = (n_units + split - 1) / split;
-    if (10 * n_units >= 9 * split * turns) best = split;
-  }
-  return best;
+// Two units at a time halve what is not arithmetic; else three stages. Code for devices with 64 or
+// 99 KiB (version: 75, 86, 89, 120) has no room for either.
+constexpr Steps steps_of(int w_unit_bytes, int x_unit_bytes, int n_tiles, int version) {
+  const bool roomy = version == 80 || (version >= 90 && version < 120);
+  const int bytes = stage_bytes_of(w_unit_bytes, x_unit_bytes, n_tiles);
+  const int room = roomy ? small_batch_room(n_tiles) : 0;
+  if (4 * bytes <= room) return {2, 2};
+  return {1, 3 * bytes <= room ? 3 : 2};
 }
 
 bool small_batch_fits(const Product& product, const DeviceInfo& device);

@@ -8,15 +8,18 @@
 // Integers become halves without a conversion: q in the lowest bits of a half is the subnormal
 // number q * 2^-24, exact in the matrix unit and in the subtraction of an offset, and 2^24 goes
 // with the result; bytes become 1024 + q, from which 1024 + offset is taken in one step. Scales
-// stay float32 and meet the float32 sums of a group: no rounding but that of x to f16 is left.
+// stay float32 and meet the float32 sums of a group: no rounding but that of x to f16 is left. With
+// many columns they meet the weights instead, see small_batch.cuh.
 //
-// Instructions per weight and lane in the compiled loop for one tile of 8 tokens (sm_90a, all
-// included but the step to another tile), beside those that a multiprocessor can issue, 4 a cycle,
-// in the time in which its share of 4.3 TB/s brings a weight (18 bytes a cycle at 1.8 GHz):
+// Instructions per weight and lane in the compiled loop over units, for one tile of 8 columns and
+// (for eight), beside those that a multiprocessor can issue, 4 a cycle, in the time in which its
+// share of 4.3 TB/s brings a weight (18 bytes a cycle at 1.8 GHz). Copies and the rest of a step
+// come to 0.7 more; half of all are for the logic unit, which takes two cycles for each.
 //
-//   Q4_0 2.7 / 4.0    Q4_1 2.4 / 4.4    Q5_0 4.2 / 4.9    Q5_1 3.9 / 5.3    Q8_0 3.3 / 7.6
-//   Q4_K 2.6 / 4.0    Q5_K 3.6 / 4.9    Q6_K 4.4 / 5.8    Q2_K 3.2 / 2.3    Q3_K 5.3 / 3.1
-//   IQ4_NL 4.6 / 4.0  IQ4_XS 5.4 / 3.8  F16 2.9 / 14
+//   Q4_0 1.5 (4.3) / 4.0    Q4_1 1.5 (4.2) / 4.4    Q5_0 3.0 (5.9) / 4.9    Q5_1 3.1 (5.8) / 5.3
+//   Q8_0 2.1 (3.8) / 7.6    Q4_K 1.9 (4.8) / 4.0    Q5_K 2.9 (5.8) / 4.9    Q6_K 3.6 (6.0) / 5.8
+//   Q2_K 2.5 (5.4) / 2.3    Q3_K 4.7 (7.0) / 3.1    IQ4_NL 4.1 (5.8) / 4.0  IQ4_XS 4.9 (6.6) / 3.8
+//   F16  1.1 (4.5) / 14
 //
 // Where the first is the larger, instructions and not bytes set the time.
 #pragma once
@@ -24,9 +27,12 @@
 #include <utility>
 
 #include "backends/cuda/kernels/decode.cuh"
-#include "backends/cuda/kernels/small_batch_job.cuh"
+#include "backends/cuda/packed.h"
+#include "backends/cuda/row_layout.h"
 
 namespace mla::cuda {
+
+inline constexpr int kTileRows = 16;  // of w, that a warp takes at a time
 
 // ---- copies -------------------------------------------------------------------------------------
 
@@ -77,52 +83,122 @@ struct StageLayout {
   static constexpr int kBytes = kTileRows * kPitch;
 };
 
-// Where the planes of a row begin, and how long they are.
-struct Planes {
-  int at[kMaxPlanes + 1];
+// The rows of w that a warp takes at a time: two runs of eight that follow each other, or eight of
+// gate and of up. Those from n_low and n_high on are zeros.
+struct TileRows {
+  const std::byte *low, *high;
+  int n_low, n_high;
+  int stride;
+  __device__ __forceinline__ const std::byte* row(int i) const {
+    return (i < 8 ? low : high) + i % 8 * stride;
+  }
+  __device__ __forceinline__ bool has(int i) const { return i % 8 < (i < 8 ? n_low : n_high); }
+  __device__ __forceinline__ bool whole() const { return min(n_low, n_high) >= 8; }
 };
-template <Format F>
-__device__ __forceinline__ Planes planes_of(int k) {
-  Planes planes;
-#pragma unroll
-  for (int i = 0; i <= kMaxPlanes; ++i) {
-    if constexpr (StageLayout<F>::kPlain) {
-      planes.at[i] = i == 0 ? 0 : 2 * k;
-    } else {
-      planes.at[i] = static_cast<int>(plane_offset<F>(i, k / kUnitBlockElems<F>));
-    }
-  }
-  return planes;
-}
 
-template <Format F, int I>
-__device__ __forceinline__ void copy_plane(std::byte* stage, const std::byte* w, int row_stride,
-                                           int n_rows, int unit, const Planes& planes) {
+// Where planes begin and end.
+using PlaneEnds = int[kMaxPlanes + 1];
+
+// A plane of n_units units that are there as a whole, kBytes apart in the stage. With few
+// addresses: what differs by a constant is the instruction's.
+template <Format F, int I, int n_units>
+__device__ __forceinline__ void copy_whole_plane(std::byte* stage, const TileRows& rows, int unit,
+                                                 const PlaneEnds& planes) {
   using Layout = StageLayout<F>;
-  constexpr int n = Layout::pieces(I), n_copies = kTileRows * n;
-  if constexpr (Layout::bytes(I) > 0) {
-    const int first = Layout::bytes(I) * unit / 16 * 16;
-    const int length = planes.at[I + 1] - planes.at[I];
+  constexpr int n = Layout::pieces(I), bytes = Layout::bytes(I);
+  if constexpr (bytes > 0) {
+    constexpr bool kInTurns = n >= 4 && kWarpThreads % n == 0;  // whole eights of rows
+    constexpr int kRows = kInTurns ? kWarpThreads / n : 0;
+    const int lane_row = lane_id() / n, piece = 16 * (lane_id() % n);
+    std::byte* to = stage + (lane_row * Layout::kPitch + Layout::at(I) + piece);
+    const int at = planes[I] + lane_row * rows.stride + piece + bytes * unit / 16 * 16;
+    if constexpr (kInTurns) {
 #pragma unroll
-    for (int i = 0; i < n_copies; i += kWarpThreads) {
-      const int index = i + lane_id(), row = index / n, piece = index % n;
-      if (n_copies % kWarpThreads != 0 && index >= n_copies) break;
-      const int at = first + 16 * piece;
-      const bool valid = row < n_rows && at < length;
-      const std::byte* from = w + (row * row_stride + planes.at[I] + at);
-      cp_async16(stage + row * Layout::kPitch + Layout::at(I) + 16 * piece, from, valid);
+      for (int i = 0; i < 8; i += kRows) {
+        const std::byte* low = rows.low + (at + i * rows.stride);
+        const std::byte* high = rows.high + (at + i * rows.stride);
+#pragma unroll
+        for (int u = 0; u < n_units; ++u) {
+          static_assert(n_units == 1 || bytes % 16 == 0 || !kInTurns);
+          cp_async16(to + (u * Layout::kBytes + i * Layout::kPitch), low + u * bytes);
+          cp_async16(to + (u * Layout::kBytes + (i + 8) * Layout::kPitch), high + u * bytes);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kTileRows * n; i += kWarpThreads) {
+        const int index = i + lane_id(), row = index / n;
+        if (kTileRows * n % kWarpThreads != 0 && index >= kTileRows * n) break;
+        const std::byte* from = rows.row(row) + (planes[I] + 16 * (index % n));
+#pragma unroll
+        for (int u = 0; u < n_units; ++u) {
+          const int first = bytes * (unit + u) / 16 * 16;
+          cp_async16(stage + (u * Layout::kBytes + row * Layout::kPitch + Layout::at(I) +
+                              16 * (index % n)),
+                     from + first);
+        }
+      }
     }
   }
 }
 
-// Unit `unit` of rows w, w + row_stride, ..; zeros for rows from n_rows on and behind the end of k.
+// Zeros for rows that are not there and behind the end of k.
+template <Format F, int I>
+__device__ __forceinline__ void copy_plane(std::byte* stage, const TileRows& rows, int unit,
+                                           const PlaneEnds& planes) {
+  using Layout = StageLayout<F>;
+  constexpr int n = Layout::pieces(I);
+  if constexpr (Layout::bytes(I) > 0) {
+    const int first = planes[I] + Layout::bytes(I) * unit / 16 * 16;
+#pragma unroll 1
+    for (int index = lane_id(); index < kTileRows * n; index += kWarpThreads) {
+      const int row = index / n, at = first + 16 * (index % n);
+      cp_async16(stage + row * Layout::kPitch + (Layout::at(I) + at - first), rows.row(row) + at,
+                 rows.has(row) && at < planes[I + 1]);
+    }
+  }
+}
+
+// Units of 16 rows of w, kBytes apart.
+template <Format F, int n_units>
+__device__ __forceinline__ void copy_units(std::byte* stage, const TileRows& rows, int unit,
+                                           int unit_end, const PlaneEnds& planes) {
+  constexpr int bytes = StageLayout<F>::bytes(0);
+  if (rows.whole() && bytes * (unit + n_units) <= planes[1] - planes[0]) {
+    copy_whole_plane<F, 0, n_units>(stage, rows, unit, planes);
+    copy_whole_plane<F, 1, n_units>(stage, rows, unit, planes);
+    copy_whole_plane<F, 2, n_units>(stage, rows, unit, planes);
+    copy_whole_plane<F, 3, n_units>(stage, rows, unit, planes);
+    return;
+  }
+#pragma unroll 1
+  for (int end = min(unit + n_units, unit_end); unit < end; ++unit) {
+    copy_plane<F, 0>(stage, rows, unit, planes);
+    copy_plane<F, 1>(stage, rows, unit, planes);
+    copy_plane<F, 2>(stage, rows, unit, planes);
+    copy_plane<F, 3>(stage, rows, unit, planes);
+    stage += StageLayout<F>::kBytes;
+  }
+}
+
+// Asks for n_units from `unit` on to come into L2.
 template <Format F>
-__device__ __forceinline__ void copy_unit(std::byte* stage, const std::byte* w, int row_stride,
-                                          int n_rows, int unit, const Planes& planes) {
-  copy_plane<F, 0>(stage, w, row_stride, n_rows, unit, planes);
-  copy_plane<F, 1>(stage, w, row_stride, n_rows, unit, planes);
-  copy_plane<F, 2>(stage, w, row_stride, n_rows, unit, planes);
-  copy_plane<F, 3>(stage, w, row_stride, n_rows, unit, planes);
+__device__ __forceinline__ void fetch_units(const TileRows& rows, int unit, int n_units,
+                                            const PlaneEnds& planes) {
+  constexpr int kLine = 128;
+  const int row = lane_id() % kTileRows;
+  if (!rows.has(row)) return;
+#pragma unroll
+  for (int i = 0; i < kMaxPlanes; ++i) {
+    const int bytes = StageLayout<F>::bytes(i);
+    if (bytes == 0) break;
+    const int begin = planes[i] + bytes * unit / kLine * kLine;
+    const int end = min(planes[i] + bytes * (unit + n_units), planes[i + 1]);
+#pragma unroll 1
+    for (int at = begin + lane_id() / kTileRows * kLine; at < end; at += 2 * kLine) {
+      prefetch_l2(rows.row(row) + at);
+    }
+  }
 }
 
 // ---- parts of fragments -------------------------------------------------------------------------
@@ -189,9 +265,34 @@ __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t b
   return (a & mask) | b;
 }
 
-// Bits 0..3 of h to bit 4 of halves: m holds b0, b2 and m >> 1 holds b1, b3 under this mask.
+// What takes bits 0 and 2, or 1 and 3, of four to bit 4 of the halves of a word: others stray, but
+// not there.
 inline constexpr uint32_t kFifth = 0x00100010u;
-__device__ __forceinline__ uint32_t spread_fifth(uint32_t h) { return (h & 15u) * 0x40010u; }
+inline constexpr uint32_t kEvenFifths = 0x00040010u, kOddFifths = 0x00020008u;
+
+__device__ __forceinline__ uint32_t times(uint32_t halves, uint32_t factors) {
+  const __half2 v = __hmul2(*reinterpret_cast<const __half2*>(&halves),
+                            *reinterpret_cast<const __half2*>(&factors));
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+
+// The numbers with their scales, in f16. Subnormal ones are made normal first: by 2^15, which
+// leaves 2^9 to the scale, so that neither it nor a weight leaves the range of f16.
+template <int n_scales, bool subnormal>
+__device__ __forceinline__ void apply_scales(PairFragments& f) {
+  constexpr uint32_t kUp = 0x78007800u;  // 2^15, twice
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float scale = f.scale[k / 2][k % 2 * (n_scales - 1)][h] * (subnormal ? 512.0f : 1.0f);
+      const __half2 both = __float2half2_rn(scale);
+      const uint32_t factors = *reinterpret_cast<const uint32_t*>(&both);
+      f.a[k][h] = times(subnormal ? times(f.a[k][h], kUp) : f.a[k][h], factors);
+      f.a[k][2 + h] = times(subnormal ? times(f.a[k][2 + h], kUp) : f.a[k][2 + h], factors);
+    }
+  }
+}
 
 }  // namespace fragments
 

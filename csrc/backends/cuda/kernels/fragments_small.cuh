@@ -8,14 +8,14 @@ namespace mla::cuda {
 
 // ---- formats ------------------------------------------------------------------------------------
 
-// 4-bit blocks, with a fifth bit, with minima or an offset.
+// 4-bit blocks, with a fifth bit, with minima or an offset, which is the minimum -offset * d.
 template <Format F, bool fifth, bool min>
 struct SmallBlocks : NeighbourGroups {
   static constexpr int kScales = 1;
-  static constexpr int kMinima = min ? 1 : 0;
-  static constexpr RowLayout kRows = min ? RowLayout::packed_sums32 : RowLayout::packed;
+  static constexpr int kMinima = 1;
+  static constexpr RowLayout kRows = RowLayout::packed_halves;
   static constexpr int kHead = StageLayout<F>::at(fifth ? 2 : 1);
-  static constexpr int kOffset = fifth ? 16 : 8;
+  static constexpr float kOffset = fifth ? 16.0f : 8.0f;
   static constexpr float kResultScale = fragments::kSubnormal;
 
   const std::byte* stage;
@@ -43,12 +43,18 @@ struct SmallBlocks : NeighbourGroups {
   __device__ __forceinline__ void minimum_fragment(uint32_t (&a)[4]) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint2 dm = *reinterpret_cast<const uint2*>(fragments::lane_row<F>(stage, h) + kHead +
-                                                       8 * (lane_id() % 4));
-      a[h] = a[2 + h] = __byte_perm(dm.x, dm.y, 0x7632);
+      const std::byte* head = fragments::lane_row<F>(stage, h) + kHead;
+      if constexpr (min) {
+        const uint2 dm = *reinterpret_cast<const uint2*>(head + 8 * (lane_id() % 4));
+        a[h] = a[2 + h] = __byte_perm(dm.x, dm.y, 0x7632);
+      } else {
+        a[h] = a[2 + h] = word_at(head + 4 * (lane_id() % 4));
+      }
     }
   }
-  __device__ __forceinline__ float minimum_scale(int) const { return 1.0f / fragments::kSubnormal; }
+  __device__ __forceinline__ float minimum_scale(int) const {
+    return (min ? 1.0f : -kOffset) / fragments::kSubnormal;
+  }
 
  private:
   template <int i>
@@ -64,27 +70,23 @@ struct SmallBlocks : NeighbourGroups {
       f.scale[1][0][h] = d.y;
     }
   }
-  // Low nibbles are elements below 16 of the group, high ones those above.
+  // Low nibbles are elements below 16 of the group, high ones those above: they stay 16 times too
+  // large, and their x is divided by that.
   __device__ __forceinline__ void quarters(uint32_t (&low)[4], uint32_t (&high)[4], int h,
                                            uint32_t w, uint32_t qh) const {
     using namespace fragments;
-    uint32_t m[4] = {0, 0, 0, 0};
-    if constexpr (fifth) {
+    low[h] = w & kLow4;
+    low[2 + h] = (w >> 8) & kLow4;
+    high[h] = w & kHigh4;
+    high[2 + h] = (w >> 8) & kHigh4;
+    if constexpr (fifth) {  // multiplications, where shifts would keep the logic unit busy
       const uint32_t bits = qh >> (4 * (lane_id() % 4));
-      m[0] = spread_fifth(bits);
-      m[2] = spread_fifth(bits >> 16);
-      m[1] = m[0] >> 1;
-      m[3] = m[2] >> 1;
+      const uint32_t lower = bits & 15u, upper = (bits >> 16) & 15u;
+      low[h] |= lower * kEvenFifths & kFifth;
+      low[2 + h] |= lower * kOddFifths & kFifth;
+      high[h] |= upper * (16 * kEvenFifths) & (16 * kFifth);
+      high[2 + h] |= upper * (16 * kOddFifths) & (16 * kFifth);
     }
-    low[h] = number(w, m[0]);
-    low[2 + h] = number(w >> 8, m[1]);
-    high[h] = number(w >> 4, m[2]);
-    high[2 + h] = number(w >> 12, m[3]);
-  }
-  __device__ __forceinline__ uint32_t number(uint32_t w, uint32_t m) const {
-    using namespace fragments;
-    const uint32_t q = and_or(w, kLow4, fifth ? m & kFifth : 0u);
-    return min ? q : minus_subnormal<kOffset>(q);
   }
 };
 template <>

@@ -8,13 +8,15 @@
 //   packed weights   16 j + 4 t + {0, 2, 1, 3}[s]   (bytes 0 and 2, then 1 and 3, of a word)
 //   plain weights    8 t + 4 j + s
 //
-// Behind them lie, for formats with minima, the sums of the *rounded* numbers over each group of 32
-// (or 16), in two halves whose sum they are to 22 bits: 32 * 2^10 is the largest sum, within f16.
-// Rounding: 2^-12 of a number; below 2^-24 of the row's largest, 2^-35 of that.
+// Behind each 256 lie, for formats with minima, the sums of the *rounded* numbers over each group
+// of 32 (or 16), in two halves whose sum they are to 22 bits: 32 * 2^10 is the largest sum, within
+// f16. Where weights keep the upper nibbles of a byte 16 times too large, the second half of each
+// 32 is divided by 16 (packed_halves). Rounding: 2^-12 of a number; below 2^-20 of the row's
+// largest, 2^-31 of that.
 #pragma once
 
 #include "backends/cuda/kernels/product_rows.cuh"
-#include "backends/cuda/row_layout.h"
+#include "backends/cuda/small_batch.h"
 
 namespace mla::cuda {
 
@@ -38,12 +40,19 @@ __device__ __forceinline__ float magnitude(const Four& x) {
   return fmaxf(fmaxf(fabsf(x.at[0]), fabsf(x.at[1])), fmaxf(fabsf(x.at[2]), fabsf(x.at[3])));
 }
 
-// The largest magnitude of 256 elements, in each lane its own share.
-__device__ __forceinline__ float unit_magnitude(const std::byte* row, int64_t step, Format format,
-                                                bool fours, int unit, int n) {
-  const int k = unit * kStagedUnit + 8 * lane_id();
-  return fmaxf(magnitude(load(row, step, format, fours, k, n)),
-               magnitude(load(row, step, format, fours, k + 4, n)));
+// A lane's share of 256 elements: four neighbours twice.
+struct Eight {
+  Four low, high;
+};
+
+template <RowLayout L>
+__device__ __forceinline__ Eight load_unit(const std::byte* row, int64_t step, Format format,
+                                           bool fours, int unit, int n) {
+  constexpr bool packed = L != RowLayout::plain_f16 && L != RowLayout::plain_bf16;
+  const int t = lane_id() % 4;
+  const int k = unit * kStagedUnit + lane_id() / 4 * 32 + (packed ? 4 * t : 8 * t);
+  return {load(row, step, format, fours, k, n),
+          load(row, step, format, fours, k + (packed ? 16 : 4), n)};
 }
 
 // What a row with this largest magnitude is divided by: a power of two within float's normal range.
@@ -81,7 +90,7 @@ __device__ __forceinline__ void store_sums(std::byte* unit_sums, float s0, float
   const int group = lane_id() / 4;
   if (lane_id() % 4 != 0) return;
   __half* out = reinterpret_cast<__half*>(unit_sums);
-  if constexpr (L == RowLayout::packed_sums32) {
+  if constexpr (L != RowLayout::packed_sums16) {
     store_sum(out + group / 2 * 4 + group % 2, s0 + s1);
   } else {
     store_sum(out + group * 4, s0);
@@ -89,84 +98,77 @@ __device__ __forceinline__ void store_sums(std::byte* unit_sums, float s0, float
   }
 }
 
-// Converts unit `unit` of a row; the warp's 32 lanes take part.
+// Converts a unit; the warp's 32 lanes take part.
 template <RowLayout L>
-__device__ __forceinline__ void convert_unit(const std::byte* row, int64_t step, Format format,
-                                             bool fours, int unit, int n, float inverse_scale,
-                                             std::byte* out) {
+__device__ __forceinline__ void convert_unit(Eight x, float inverse_scale, std::byte* out) {
   constexpr bool packed = L != RowLayout::plain_f16 && L != RowLayout::plain_bf16;
-  const int t = lane_id() % 4;
-  const int k = unit * kStagedUnit + lane_id() / 4 * 32 + (packed ? 4 * t : 8 * t);
-  Four low = load(row, step, format, fours, k, n);
-  Four high = load(row, step, format, fours, k + (packed ? 16 : 4), n);
   uint4 v;
   float s0 = 0.0f, s1 = 0.0f;
   if constexpr (L == RowLayout::plain_bf16) {
-    v = {pack_bf16(low.at[0], low.at[1]), pack_bf16(low.at[2], low.at[3]),
-         pack_bf16(high.at[0], high.at[1]), pack_bf16(high.at[2], high.at[3])};
+    v = {pack_bf16(x.low.at[0], x.low.at[1]), pack_bf16(x.low.at[2], x.low.at[3]),
+         pack_bf16(x.high.at[0], x.high.at[1]), pack_bf16(x.high.at[2], x.high.at[3])};
   } else {
+    constexpr float of_high = L == RowLayout::packed_halves ? 0.0625f : 1.0f;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      low.at[i] *= inverse_scale;
-      high.at[i] *= inverse_scale;
+      x.low.at[i] *= inverse_scale;
+      x.high.at[i] *= inverse_scale * of_high;
     }
     constexpr int second = packed ? 2 : 1, third = packed ? 1 : 2;
-    v.x = pack_halves(low.at[0], low.at[second], s0);
-    v.y = pack_halves(low.at[third], low.at[3], s0);
-    v.z = pack_halves(high.at[0], high.at[second], s1);
-    v.w = pack_halves(high.at[third], high.at[3], s1);
+    v.x = pack_halves(x.low.at[0], x.low.at[second], s0);
+    v.y = pack_halves(x.low.at[third], x.low.at[3], s0);
+    v.z = pack_halves(x.high.at[0], x.high.at[second], s1);
+    v.w = pack_halves(x.high.at[third], x.high.at[3], s1);
+    s1 /= of_high;
   }
-  *reinterpret_cast<uint4*>(out + unit * 2 * kStagedUnit + 16 * lane_id()) = v;
-  if constexpr (sums_bytes(L) > 0) {
-    store_sums<L>(out + staged_units(n) * 2 * kStagedUnit + unit * sums_bytes(L), s0, s1);
-  }
+  *reinterpret_cast<uint4*>(out + 16 * lane_id()) = v;
+  if constexpr (sums_bytes(L) > 0) store_sums<L>(out + 2 * kStagedUnit, s0, s1);
 }
 
-// Stages rows x_of(0 .. n_rows - 1), with all warps of the block: out[row * pitch] and scales[row].
-// largest [n_rows] is shared memory, zeros when this begins.
-template <RowLayout L, class RowOf>
-__device__ __forceinline__ void stage_rows(const Product& p, bool fours, int n_rows,
-                                           const RowOf& x_of, int pitch, std::byte* out,
-                                           float* scales, int* largest) {
-  const int n_units = staged_units(p.k), n_warps = static_cast<int>(blockDim.x) / kWarpThreads;
-  if constexpr (L != RowLayout::plain_bf16) {
-    for (int row = 0; row < n_rows; ++row) {
-      const std::byte* from = x_of(row);
-      float most = 0.0f;
-#pragma unroll 4
-      for (int unit = warp_id(); unit < n_units; unit += n_warps) {
-        most = fmaxf(most, unit_magnitude(from, p.x_step, p.x_format, fours, unit, p.k));
-      }
-      most = warp_max(most);  // magnitudes order as their bits do
-      if (lane_id() == 0) atomicMax(&largest[row], __float_as_int(most));
-    }
-    __syncthreads();
-  }
-  for (int i = warp_id(); i < n_rows * n_units; i += n_warps) {
-    const int row = i / n_units, unit = i % n_units;
-    const float scale = L == RowLayout::plain_bf16 ? 1.0f : row_scale(__int_as_float(largest[row]));
-    convert_unit<L>(x_of(row), p.x_step, p.x_format, fours, unit, p.k, 1.0f / scale,
-                    out + static_cast<int64_t>(row) * pitch);
-    if (unit == 0 && lane_id() == 0) scales[row] = scale;
-  }
+// The row of the grid that is staged as row i.
+__device__ __forceinline__ int row_to_stage(const Product& p, int i) {
+  if (p.routed) return p.slots_share_x() ? i * p.extent[2] : i;
+  const int per_matrix = static_cast<int>(p.rows_per_matrix());
+  return row_of_matrix(p, i / per_matrix, i % per_matrix);
 }
 
 }  // namespace staged
 
-// One row of x per block, to global memory: for products whose rows do not fit a block's memory.
-// Row i is row i of the grid, or of the tokens where the slots of a token share theirs.
+// One row of x per block. Rows of a routed product are those of the grid, or of the tokens where
+// the slots of a token share theirs; others follow each other matrix by matrix. A warp keeps its
+// units in registers between the two looks at them. Also sets n_counters counters to zero.
 template <RowLayout L>
-__global__ void __launch_bounds__(256)
-    stage_kernel(Product p, bool fours, std::byte* out, float* scales, int pitch) {
-  __shared__ int largest;
-  pdl_trigger();
-  if (threadIdx.x == 0) largest = 0;
+__global__ void __launch_bounds__(kMaxStageThreads) stage_kernel(StageRows s) {
+  __shared__ float room[kWarpThreads];
+  pdl_release();  // the product's kernel has weights to fetch
   pdl_wait();
-  __syncthreads();
-  const int row = static_cast<int>(blockIdx.x) * (p.slots_share_x() ? p.extent[2] : 1);
-  staged::stage_rows<L>(
-      p, fours, 1, [&](int) { return x_row(p, row); }, pitch,
-      out + static_cast<int64_t>(blockIdx.x) * pitch, scales + blockIdx.x, &largest);
+  const Product& p = s.product;
+  const int index = static_cast<int>(blockIdx.x), n_units = staged_units(p.k);
+  const int n_warps = static_cast<int>(blockDim.x) / kWarpThreads;
+  const std::byte* row = x_row(p, staged::row_to_stage(p, index));
+  if (index == 0) {
+    for (int i = static_cast<int>(threadIdx.x); i < s.n_counters; i += static_cast<int>(blockDim.x))
+      s.counters[i] = 0;
+  }
+  staged::Eight kept[kStagedUnitsPerWarp];
+  float most = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kStagedUnitsPerWarp; ++i) {
+    const int unit = warp_id() + i * n_warps;
+    if (unit >= n_units) break;
+    kept[i] = staged::load_unit<L>(row, p.x_step, p.x_format, s.fours, unit, p.k);
+    most = fmaxf(most, fmaxf(staged::magnitude(kept[i].low), staged::magnitude(kept[i].high)));
+  }
+  float scale = 1.0f;
+  if constexpr (L != RowLayout::plain_bf16) scale = staged::row_scale(block_max(most, room));
+  if (threadIdx.x == 0) s.scales[index] = scale;
+  std::byte* out = s.out + static_cast<int64_t>(index) * s.pitch;
+#pragma unroll
+  for (int i = 0; i < kStagedUnitsPerWarp; ++i) {
+    const int unit = warp_id() + i * n_warps;
+    if (unit >= n_units) break;
+    staged::convert_unit<L>(kept[i], 1.0f / scale, out + unit * staged_unit_bytes(L));
+  }
 }
 
 }  // namespace mla::cuda
