@@ -14,7 +14,7 @@ _PROGRAMS = {
     "cuda-products": "products on a GPU",
     "machine": "the machine's limits",
     "make": "write a random model",
-    "model": "prefill and decode of a model",
+    "model": "prefill and decode of a model: mla-backend bench",
     "ops": "single operations",
     "quantize": "encoders, beside ggml's",
     "quantize-file": "a file to a smaller one",
@@ -26,7 +26,6 @@ _FILES = {
     "cuda-model": "cuda_model",
     "cuda-products": "cuda_products",
     "make": "make_model",
-    "model": "bench_model",
     "ops": "bench_ops",
     "quantize": "bench_quantize",
     "quantize-file": "bench_quantize_file",
@@ -39,6 +38,10 @@ def main() -> None:
     if name not in _PROGRAMS:
         known = "\n".join(f"  {key:13} {value}" for key, value in _PROGRAMS.items())
         sys.exit(f"usage: python -m bench NAME [options]\n{known}")
+    if name == "model":
+        from mla_backend.cli import main as command
+
+        sys.exit(command(["bench", *sys.argv[2:]]))
     sys.path.insert(0, str(_HERE))
     sys.argv = [f"bench {name}", *sys.argv[2:]]
     runpy.run_path(str(_HERE / f"{_FILES.get(name, name)}.py"), run_name="__main__")

@@ -12,6 +12,7 @@ import time
 
 import machine
 from mla_backend import _core
+from mla_backend.limits import Limits
 from op_cases import Case, Operands, all_cases
 
 #: A case runs at least this long and this often; its best time counts.
@@ -28,11 +29,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one line of JSON per case")
     options = parser.parse_args()
     backend = _core.CpuBackend(_core.ThreadPool(options.threads), options.isa)
-    limits = machine.measure(options.threads)
+    limits = machine.measure(options.threads, backend.isa)
     if not options.json:
-        print(f"{machine.describe()}, {options.threads} threads, {backend.isa}, ", end="")
-        print(f"{options.precision}: reads {limits.read_gb_s:.1f} GB/s, ", end="")
-        print(f"at most {limits.compute_gflop_s:.0f} GFLOP/s\n")
+        print(f"{machine.describe(limits)}, {options.threads} threads, {backend.isa}, ", end="")
+        print(f"{options.precision}: reads {limits.read_gbps:.1f} GB/s, ", end="")
+        print(f"at most {limits.tops * 1e3:.0f} GFLOP/s\n")
         print("| op | shape | us | GB/s | GFLOP/s | of roofline |")
         print("|---|---|---:|---:|---:|---:|")
     for case in all_cases(Operands(), options.precision):
@@ -58,12 +59,12 @@ def _seconds(case: Case, backend: _core.CpuBackend) -> float:
 def _show(
     case: Case,
     seconds: float,
-    limits: machine.Limits,
+    limits: Limits,
     isa: str,
     options: argparse.Namespace,
 ) -> None:
     gb_s, gflop_s = case.n_bytes / seconds / 1e9, case.n_flops / seconds / 1e9
-    share = max(gb_s / limits.read_gb_s, gflop_s / limits.compute_gflop_s)
+    share = max(gb_s / limits.read_gbps, gflop_s / limits.tops / 1e3)
     if options.json:
         row = {
             "op": case.op,

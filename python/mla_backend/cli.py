@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import typer
 from typer.main import get_command
 
+from .commands.bench import bench
 from .commands.chat import chat
 from .commands.convert import convert
 from .commands.demo import demo
@@ -39,6 +40,7 @@ COMMANDS = (
     quantize,
     imatrix,
     perplexity,
+    bench,
     synth,
     doctor,
     version,

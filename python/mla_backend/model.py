@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -39,6 +40,9 @@ from mla_backend.sampling import SamplingParams
 from mla_backend.session import Session
 from mla_backend.tokenizer import Tokenizer
 from mla_backend.weights import check as check_weights
+
+if TYPE_CHECKING:
+    from mla_backend.benchmark import BenchResult
 
 Progress = Callable[[str, int, int], None]
 Message = Mapping[str, Any]
@@ -230,6 +234,21 @@ class Model:
         """Threads computing, the caller's included."""
         return self._backend.n_threads
 
+    @property
+    def attention_isa(self) -> str:
+        """What attention is computed with: the CPU's instruction set, or "cuda"."""
+        return self._engine.isa
+
+    @property
+    def cache_type(self) -> str:
+        """Type of the cached numbers."""
+        return self._cache_type
+
+    @property
+    def n_batch(self) -> int:
+        """Tokens of a prompt computed at a time."""
+        return self._n_batch
+
     # ---- text -----------------------------------------------------------------------------------
 
     def generate(self, prompt: Prompt, **options: Any) -> Completion:
@@ -303,13 +322,60 @@ class Model:
         """
         ids = [index(i) for i in token_ids]
         n_batch = max(1, min(self._n_batch, _LOGITS_BYTES // (4 * self.config.n_vocab)))
+        with self.own_session(n_batch=n_batch) as session:
+            return session.feed(ids, outputs=len(ids), cancel=cancel, on_progress=on_progress)
+
+    @contextmanager
+    def own_session(self, *, n_batch: int | None = None) -> Iterator[Session]:
+        """The model's own context as an empty session; what the last call left in it is forgotten.
+
+        Takes no more memory, and the model is busy until the context ends. ``n_batch``: tokens
+        computed at a time, unless as the model was loaded.
+        """
+        _check_count("n_batch", n_batch, _MAX_POSITIONS)
         with self._calls:
             self._session.truncate(0)
             session = self._new_session(self._runner, self._cache, n_batch)
+            attention = session.attention
             try:
-                return session.feed(ids, outputs=len(ids), cancel=cancel, on_progress=on_progress)
+                yield session
             finally:
                 session.close()
+                self._runner.attention = attention
+
+    def bench(
+        self,
+        n_prompt: int = 512,
+        n_gen: int = 64,
+        depth: int = 0,
+        *,
+        attention: AttentionMode | None = None,
+        repeats: int = 3,
+        on_progress: Progress | None = None,
+    ) -> BenchResult:
+        """Measure prefill and decode rates in the model's own context, which is empty afterwards.
+
+        Args:
+            n_prompt: tokens of prefill; 0: not measured.
+            n_gen: tokens of decode, one by one; 0: not measured.
+            depth: positions cached before.
+            attention: "absorbed", "expanded" or "auto" for this once; None: as loaded.
+            repeats: rates are medians of so many runs.
+            on_progress: called as ("bench", runs done, runs in all).
+
+        Raises UsageError for arguments out of range, ContextError where the context is too short.
+        """
+        from mla_backend.benchmark import bench
+
+        return bench(
+            self,
+            n_prompt,
+            n_gen,
+            depth,
+            attention=attention,
+            repeats=repeats,
+            on_progress=on_progress,
+        )
 
     def session(self, n_ctx: int | None = None, *, observer: Observer | None = None) -> Session:
         """A session with a cache of its own, of the model's context length unless told otherwise.

@@ -64,11 +64,16 @@ class Engine:
 
 
 class Runner:
-    """Computes logits for pieces of the sequences of one cache."""
+    """Computes logits for pieces of the sequences of one cache.
+
+    Attributes:
+        attention: the engine's mode at first; may be changed between runs.
+    """
 
     def __init__(
         self, engine: Engine, cache: LatentCache, observer: Observer | None = None
     ) -> None:
+        self.attention: AttentionMode = engine.attention
         self._engine = engine
         self._cache = cache
         self._observer = observer
@@ -212,8 +217,7 @@ class Runner:
         return "any" if len(kinds) > 1 else "expanded" if True in kinds else "absorbed"
 
     def _expands(self, n_tokens: int, n_cells: int) -> bool:
-        engine = self._engine
-        return expands(self._dims, engine.attention, n_tokens, n_cells, engine.isa)
+        return expands(self._dims, self.attention, n_tokens, n_cells, self._engine.isa)
 
     def _executor(self, shape: BatchShape) -> _core.Executor:
         found = self._executors.get(shape)

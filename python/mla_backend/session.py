@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mla_backend import _core
+from mla_backend.attention_mode import MODES, AttentionMode
 from mla_backend.cache import CacheSequence, LatentCache
 from mla_backend.candidates import Enough, LogitsRow
 from mla_backend.errors import ContextError, SessionError, ShapeError, UsageError
@@ -72,6 +73,18 @@ class Session:
     def n_free(self) -> int:
         """Positions this session may still add."""
         return self.n_ctx - len(self.tokens)
+
+    @property
+    def attention(self) -> AttentionMode:
+        """How attention is computed; setting it holds for all sessions that share the cache."""
+        return self._runner.attention
+
+    @attention.setter
+    def attention(self, mode: AttentionMode) -> None:
+        if mode not in MODES:
+            raise UsageError(f"attention {mode!r}; accepted are {', '.join(MODES)}")
+        with self._runner.lock:
+            self._runner.attention = mode
 
     def feed(
         self,

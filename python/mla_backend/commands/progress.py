@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 #: Unit of each phase's amounts.
-_UNITS = {"load": "bytes", "write": "bytes", "prefill": "tokens", "text": "tokens"}
+_UNITS = {"load": "bytes", "write": "bytes", "prefill": "tokens", "text": "tokens", "bench": "runs"}
 _TITLES = {
     "load": "loading",
     "write": "writing",
     "prefill": "reading the prompt",
     "text": "reading the text",
+    "bench": "measuring",
 }
 # Phases shorter than this show nothing.
 _BAR_DELAY_S = 0.3
