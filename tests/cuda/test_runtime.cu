@@ -7,7 +7,6 @@ namespace {
 
 // counters: sum, max, min, exchange's or, tickets. The block that comes last adds all up.
 __global__ void meet(const int* in, int* counters, int* total) {
-  pdl_trigger();
   pdl_wait();
   const int x = in[blockIdx.x * blockDim.x + threadIdx.x];
   atomicAdd(counters, x);
@@ -40,7 +39,6 @@ void test_atomics(Test& t) {
 }
 
 __global__ void neighbours(const int* in, int* out, int n) {
-  pdl_trigger();
   pdl_wait();
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i < n) out[i] = (load_coherent(in + i) + 3 * load_coherent(in + (i + 1) % n)) % 10007;

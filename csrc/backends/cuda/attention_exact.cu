@@ -23,7 +23,6 @@ int heads_at_a_time(const AttentionArgs& a) {
 template <Format F>
 __global__ void __launch_bounds__(128)
     decode_heads(View w, int first_head, int n_rows, int k, float* out) {
-  pdl_trigger();
   pdl_wait();
   const int n_groups = (k + kGroup - 1) / kGroup;
   const int at = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);

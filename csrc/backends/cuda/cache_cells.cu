@@ -27,7 +27,6 @@ struct Move {
 
 template <class Unit>
 __global__ void __launch_bounds__(kThreads) move_kernel(Move m) {
-  pdl_trigger();
   pdl_wait();
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= m.n_rows * m.row_units) return;
@@ -74,7 +73,6 @@ struct Turn {
 };
 
 __global__ void __launch_bounds__(kThreads) rotate_kernel(Turn turn) {
-  pdl_trigger();
   pdl_wait();
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= turn.n_cells * turn.half) return;

@@ -74,7 +74,6 @@ __device__ void first_positions(int* counts, int n_experts, int* totals, int* of
 __global__ void __launch_bounds__(kManyWarps* kWarpThreads)
     sort_pairs(Ids ids, int n_experts, int key_bits, int* expert_counts, int* offsets,
                int* sorted_pairs) {
-  pdl_trigger();
   pdl_wait();
   __shared__ int totals[kManyWarps];
   int* counts = dynamic_smem<int>();
@@ -114,7 +113,6 @@ constexpr int kFillThreads = 256;
 __global__ void __launch_bounds__(kFillThreads)
     fill_rows(const int* begin, const int* sorted_pairs, int64_t n_pairs, float* c, int64_t ldc,
               int64_t n) {
-  pdl_trigger();
   pdl_wait();
   for (int64_t i = *begin + int64_t{blockIdx.x}; i < n_pairs; i += gridDim.x) {
     float* row = c + sorted_pairs[i] * ldc;

@@ -70,7 +70,6 @@ __device__ uint4 gather_word(const std::byte* tile, Field field, int block_bytes
 
 __global__ void __launch_bounds__(kThreads)
     pack_kernel(const std::byte* raw, std::byte* packed, Packing p) {
-  pdl_trigger();
   pdl_wait();
   const int64_t row = blockIdx.x / p.tiles_per_row;
   const int64_t first = (blockIdx.x - row * p.tiles_per_row) * int64_t{p.tile_blocks};

@@ -9,7 +9,6 @@ constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads)
     sum_slots_kernel(Product p, const float* products, int64_t n_elems) {
-  pdl_trigger();
   pdl_wait();
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= n_elems) return;
@@ -23,7 +22,6 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads) copy_residual_kernel(Product p, int64_t n_elems) {
-  pdl_trigger();
   pdl_wait();
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= n_elems) return;
@@ -32,7 +30,6 @@ __global__ void __launch_bounds__(kThreads) copy_residual_kernel(Product p, int6
 
 __global__ void __launch_bounds__(kThreads)
     multiply_gate_kernel(float* out, const float* up, int64_t n_elems) {
-  pdl_trigger();
   pdl_wait();
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i < n_elems) out[i] = silu_exact(out[i]) * up[i];

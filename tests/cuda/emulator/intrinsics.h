@@ -13,7 +13,6 @@ namespace mla::cuda {
 
 inline void pdl_wait() { emulator::note_pdl_wait(); }
 inline void pdl_release() {}
-inline void pdl_trigger() {}
 
 template <class T = std::byte>
 T* dynamic_smem() {

@@ -30,7 +30,6 @@ __device__ inline BatchedRow batched_row(const AttentionArgs& a, const AbsorbedP
 __global__ void __launch_bounds__(kProductThreads)
     prepare_queries(const __grid_constant__ AttentionArgs a,
                     const __grid_constant__ AbsorbedPlan plan) {
-  pdl_trigger();
   pdl_wait();
   if (lists_work(a, plan)) return;
   const BatchedRow at = batched_row(a, plan, warps_list(a) ? 0 : 1);
@@ -69,7 +68,6 @@ __global__ void __launch_bounds__(kProductThreads)
 __global__ void __launch_bounds__(kProductThreads, 2)
     merge_latents(const __grid_constant__ AttentionArgs a,
                   const __grid_constant__ AbsorbedPlan plan, __half* latents) {
-  pdl_trigger();
   pdl_wait();
   const BatchedRow at = batched_row(a, plan, 0);
   if (!at.is) return;

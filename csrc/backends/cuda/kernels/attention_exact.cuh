@@ -230,7 +230,6 @@ __device__ inline bool wants_span(Contraction spans, bool expanded) {
 // Grid [heads of the group, tokens / kExactTokens].
 __global__ void __launch_bounds__(kExactThreads)
     exact_kernel(AttentionArgs a, ExactHeads heads, Contraction spans) {
-  pdl_trigger();
   pdl_wait();
   float* smem = dynamic_smem<float>();
   const int head = heads.first_head + static_cast<int>(blockIdx.x);

@@ -208,7 +208,6 @@ __global__ void __launch_bounds__(kExpandedThreads, 2)
   __shared__ int next;
   __shared__ ExpandedJob job;  // not in registers, of which the sums leave none
   __shared__ float factors[D::kRows];
-  pdl_trigger();
   pdl_wait();
   if (a.plan.rows[a.round] == 0) return;
   ExpandedTiles tiles;

@@ -293,7 +293,6 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     narrow_kernel(const __grid_constant__ AttentionArgs a,
                   const __grid_constant__ AbsorbedPlan plan) {
 #if !defined(MLA_CUDA_ARCH) || MLA_CUDA_ARCH == 0 || MLA_CUDA_ARCH >= 800  // see absorbed_fits
-  pdl_trigger();
   const Line line = find_line(a, plan, kNarrow);
   const int block = static_cast<int>(blockIdx.x);
   if (idles(block, busy_blocks(plan.variants[kNarrow], line.totals))) return;

@@ -157,7 +157,6 @@ template <Format F, class T>
 __global__ void __launch_bounds__(kProductThreads, 3)
     queries_along(const __grid_constant__ AttentionArgs a,
                   const __grid_constant__ AbsorbedPlan plan, int n_slabs) {
-  pdl_trigger();
   if (lists_work(a, plan)) return;
   float* q = dynamic_smem<float>();  // [kTileTokens][groups][kGroupPitch]
   __shared__ bool wanted[kTileTokens];
@@ -210,7 +209,6 @@ __global__ void __launch_bounds__(kProductThreads)
     queries_across(const __grid_constant__ AttentionArgs a,
                    const __grid_constant__ AbsorbedPlan plan, int n_slabs) {
   constexpr int kPitch = kGroup + 1;  // a row per thread on the way in, a column on the way out
-  pdl_trigger();
   if (lists_work(a, plan)) return;
   float* w = dynamic_smem<float>();         // [kProductThreads][kPitch]; at the end partial sums
   float* q = w + kProductThreads * kPitch;  // [kTileTokens][N]

@@ -231,7 +231,6 @@ template <Format F, class T>
 __global__ void __launch_bounds__(kProductThreads, 2)
     values_kernel(const __grid_constant__ AttentionArgs a,
                   const __grid_constant__ AbsorbedPlan plan, ValuesGrid grid) {
-  pdl_trigger();
   float* shares = dynamic_smem<float>();  // [kProductWarps][kLatentDims]
   float* latents = shares + kProductWarps * kLatentDims;
   __shared__ TileState state;

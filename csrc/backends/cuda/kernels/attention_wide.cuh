@@ -348,7 +348,6 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     wide_kernel(const __grid_constant__ AttentionArgs a,
                 const __grid_constant__ AbsorbedPlan plan) {
 #if !defined(MLA_CUDA_ARCH) || MLA_CUDA_ARCH == 0 || MLA_CUDA_ARCH >= 800  // see absorbed_fits
-  pdl_trigger();
   const Line line = find_line(a, plan, kWide);
   const AbsorbedVariant& variant = plan.variants[kWide];
   const int block = static_cast<int>(blockIdx.x) / variant.fold;

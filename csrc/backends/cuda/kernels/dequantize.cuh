@@ -72,7 +72,6 @@ struct DequantizeArgs {
 // Grid: n_rows * quads * 4 threads.
 template <Format F>
 __global__ void __launch_bounds__(kDequantizeThreads) dequantize_packed(DequantizeArgs a) {
-  pdl_trigger();
   pdl_wait();
   const unsigned index = blockIdx.x * kDequantizeThreads + threadIdx.x;
   const unsigned per_row = 4u * static_cast<unsigned>(a.quads);
@@ -131,7 +130,6 @@ __device__ inline uint2 pack_four(const Four& x, float scale) {
 // Plain formats, any strides: a thread per 8 columns.
 template <class Element>
 __global__ void __launch_bounds__(kDequantizeThreads) convert_rows(ConvertArgs a) {
-  pdl_trigger();
   pdl_wait();
   const int64_t index = int64_t{blockIdx.x} * kDequantizeThreads + threadIdx.x;
   if (index >= a.n_chunks) return;
@@ -147,7 +145,6 @@ __global__ void __launch_bounds__(kDequantizeThreads) convert_rows(ConvertArgs a
 template <class Element>
 __global__ void __launch_bounds__(kDequantizeThreads) prepare(ConvertArgs a, float* row_scale) {
   __shared__ float reduce[32];
-  pdl_trigger();
   pdl_wait();
   const std::byte* row = row_of(a.x, blockIdx.x);
   const int stride = 4 * static_cast<int>(blockDim.x);
@@ -187,7 +184,6 @@ template <Format F, class Element>
 __global__ void __launch_bounds__(kTransposeRows) dequantize_turned(TransposeArgs a) {
   constexpr bool kPlain = F == Format::F32 || F == Format::F16 || F == Format::BF16;
   __shared__ __align__(16) uint16_t tile[kDecodeGroup][kTransposeRows + 8];
-  pdl_trigger();
   pdl_wait();
   const int thread = static_cast<int>(threadIdx.x);
   const int first_row = static_cast<int>(blockIdx.y) * kTransposeRows;

@@ -76,7 +76,6 @@ struct Elementwise {
 
 template <class F>
 __global__ void __launch_bounds__(kElementThreads) elementwise_kernel(Elementwise e) {
-  pdl_trigger();
   pdl_wait();
   const int64_t i = int64_t{blockIdx.x} * kElementThreads + threadIdx.x;
   if (i >= e.walk.n) return;

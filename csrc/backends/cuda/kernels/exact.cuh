@@ -153,7 +153,6 @@ __device__ __forceinline__ const std::byte* stage_normed(const Product& p) {
 template <Format F, int R, int C>
 __global__ void __launch_bounds__(kExactThreads) exact_kernel(Product p, ExactRun run) {
   __shared__ float parts[kExactWarps][R * C];
-  pdl_trigger();
   const Weight& weight = p.w;
   const int columns = kExactWarps / run.split * C;
   const int n_column_blocks = (p.n + columns - 1) / columns;
@@ -218,7 +217,6 @@ __global__ void __launch_bounds__(kExactThreads) exact_kernel(Product p, ExactRu
 template <Format F>
 __global__ void __launch_bounds__(kExactThreads) exact_across_kernel(Product p, Finish finish) {
   __shared__ float parts[kExactWarps][kDecodeGroup];
-  pdl_trigger();
   pdl_wait();
   const int n_groups = p.n / kDecodeGroup;
   const int group = static_cast<int>(blockIdx.x) % n_groups;

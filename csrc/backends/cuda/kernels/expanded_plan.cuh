@@ -94,7 +94,6 @@ __device__ inline void list_span(const ExpandedPlan& plan, const PlannedSpan& s,
 
 __global__ void __launch_bounds__(kPlanThreads) plan_expanded(AttentionArgs a, ExpandedPlan plan) {
   __shared__ PlanState state;
-  pdl_trigger();
   pdl_wait();
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
@@ -154,7 +153,6 @@ struct GatheredCells {
 // Grid: rows of a round / kGatherRows.
 __global__ void __launch_bounds__(kGatherThreads)
     gather_cells(AttentionArgs a, ExpandedPlan plan, int round, GatheredCells out) {
-  pdl_trigger();
   pdl_wait();
   const int first = static_cast<int>(blockIdx.x) * kGatherRows;
   if (first >= plan.rows[round]) return;

@@ -248,7 +248,6 @@ __global__ void __launch_bounds__(ExpandedWarpgroups::kThreads, 1)
   using namespace warpgroups;
   __shared__ ExpandedJob jobs[kJobs];
   __shared__ float factors[D::kRows];
-  pdl_trigger();
   pdl_wait();
   if (a.plan.rows[a.round] == 0) return;
   std::byte* q = dynamic_smem();

@@ -160,7 +160,6 @@ template <class Element, int TileM, int TileN>
 __global__ void __launch_bounds__(kMmaThreads, 2) gemm_mma(GemmParams p) {
   constexpr int kStages = mma_n_stages(TileM, TileN);
   constexpr int kBytes = mma_stage_bytes(TileM, TileN);
-  pdl_trigger();
   pdl_wait();
   std::byte* smem = dynamic_smem();
   const TileMap map(p, TileM, TileN, reinterpret_cast<int*>(smem + kStages * kBytes));
@@ -194,7 +193,6 @@ __global__ void __launch_bounds__(kMmaThreads, 2) gemm_mma(GemmParams p) {
 
 // Adds the parts of k: one thread per element of c, neighbours along n.
 __global__ void __launch_bounds__(kMmaThreads) gemm_add_parts(GemmParams p) {
-  pdl_trigger();
   pdl_wait();
   const int64_t at = int64_t{blockIdx.x} * kMmaThreads + threadIdx.x;
   const int64_t per_part = int64_t{p.n_batch} * p.m * p.n;

@@ -242,7 +242,6 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
   std::byte* smem = dynamic_smem();
   Ring<Shape> ring{shared_address(smem),
                    shared_address(smem) + Shape::kStages * Shape::kStageBytes};
-  pdl_trigger();
   if (threadIdx.x == 0) {
     prefetch_map(&map_b);
     constexpr int kConsumerWarps = 8;

@@ -18,7 +18,6 @@ struct Same {
 template <class Unit>
 __global__ void __launch_bounds__(kElementThreads)
     move_kernel(std::byte* out, const std::byte* x, Walk walk) {
-  pdl_trigger();
   pdl_wait();
   const int64_t i = int64_t{blockIdx.x} * kElementThreads + threadIdx.x;
   if (i >= walk.n) return;

@@ -33,7 +33,6 @@ __device__ const std::byte* row_of(const Gather& g, int64_t token) {
 
 template <Format F>
 __global__ void __launch_bounds__(kThreads) get_packed_rows_kernel(Gather g) {
-  pdl_trigger();
   pdl_wait();
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t n_groups = g.width / kGroup;
@@ -56,7 +55,6 @@ __global__ void __launch_bounds__(kThreads) get_packed_rows_kernel(Gather g) {
 }
 
 __global__ void __launch_bounds__(kThreads) get_plain_rows_kernel(Gather g) {
-  pdl_trigger();
   pdl_wait();
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= g.n_tokens * g.width) return;

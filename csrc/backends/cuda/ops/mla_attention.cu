@@ -113,7 +113,6 @@ size_t scratch_bytes(const Node& node, const DeviceInfo& device) {
 
 // One block per token: zeros where no span has it.
 __global__ void __launch_bounds__(128) zero_idle_tokens(AttentionArgs a) {
-  pdl_trigger();
   pdl_wait();
   const int token = static_cast<int>(blockIdx.x);
   if (find_span(a, token) >= 0) return;

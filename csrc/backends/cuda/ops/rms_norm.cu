@@ -58,7 +58,6 @@ __device__ Four load_weight(const RmsNorm& norm, int64_t i, int64_t n) {
 
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNorm norm) {
   __shared__ NormRoom room;
-  pdl_trigger();
   const int64_t n = norm.x.extent[3];
   const int64_t first = 4 * int64_t{threadIdx.x};
   const int64_t step = 4 * int64_t{blockDim.x};

@@ -34,7 +34,6 @@ __device__ float2 load_pair(const Rope& rope, const std::byte* p) {
 }
 
 __global__ void __launch_bounds__(kThreads) rope_kernel(Rope rope) {
-  pdl_trigger();
   pdl_wait();
   auto* turn = dynamic_smem<Rotation>();  // [R / 2]
   const int64_t token = blockIdx.x / rope.head_blocks;

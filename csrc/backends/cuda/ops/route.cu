@@ -164,7 +164,6 @@ __device__ void write_result(const Route& r, const Room& room, int64_t token, fl
 
 template <int kPerLane>
 __global__ void __launch_bounds__(kWarps* kWarpThreads) route_kernel(Route r) {
-  pdl_trigger();
   if (!r.bias_is_constant) pdl_wait();
   float bias[kPerLane] = {};
   if (r.bias != nullptr) load_row(r.bias, r.bias_stride, r.n_experts, bias);

@@ -57,7 +57,6 @@ __device__ double block_sum_double(double x) {
 
 __global__ void __launch_bounds__(kMaxThreads) softmax_kernel(Softmax s) {
   __shared__ float partial[kWarpThreads];
-  pdl_trigger();
   pdl_wait();
   const int64_t n = s.x.extent[3];
   const Row row = row_of(s, blockIdx.x);

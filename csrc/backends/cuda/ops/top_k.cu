@@ -177,7 +177,6 @@ __device__ void write_sorted(const TopK& t, const Shared& s, int64_t row, Total 
 
 __global__ void __launch_bounds__(kThreads) top_k_kernel(TopK t) {
   __shared__ Shared s;
-  pdl_trigger();
   pdl_wait();
   const int64_t row = blockIdx.x / t.n_chunks;
   const int64_t chunk = blockIdx.x - row * t.n_chunks;
