@@ -182,7 +182,8 @@ class Bench:
     """Measures one model, and peers on the same file in turns with it.
 
     Attributes:
-        limits: of the processor that has all layers; None where layers are spread.
+        devices: that layers, experts or the output lie on: "cpu", "cuda:0".
+        limits: of the device, where it is one and something is known of it.
         meter: its ``sources`` say what is counted.
         notes: what was left out, and why.
         load_average: processes that wanted a CPU in the minute before; others' work costs rates.
@@ -193,10 +194,20 @@ class Bench:
         self._peers = list(peers)
         self.load_average = os.getloadavg()[0]
         self._costs = CostModel(model.file, model.config, model.cache_type, model.attention_isa)
-        gpus = _gpus(model)
+        placement = model.placement
+        self.devices = sorted({*placement.layers, *placement.experts, placement.output})
+        gpus = {name: _find_gpu(name) for name in self.devices if name != CPU}
         self.meter = EnergyMeter([gpu for gpu in gpus.values() if gpu is not None])
-        self.limits = _limits(model, gpus)
+        self.limits = self._find_limits(gpus)
         self.notes = _notes(self.limits, self.meter, on_gpu=bool(gpus))
+
+    def _find_limits(self, gpus: dict[str, Gpu | None]) -> Limits | None:
+        if len(self.devices) > 1:
+            return None
+        if not gpus:
+            return cpu_limits(self._model.isa, self._model.n_threads)
+        ((name, gpu),) = gpus.items()
+        return gpu_limits(name, gpu) if gpu is not None else None
 
     def measure(
         self,
@@ -264,7 +275,7 @@ class Bench:
         programs: Sequence[Program],
         taken: Sequence[Sequence[_Taken]],
     ) -> Iterator[Measurement]:
-        first = statistics.median(run.tps for run in taken[0])
+        first = statistics.median(run.seconds_per_token for run in taken[0])
         for program, runs in zip(programs, taken, strict=True):
             mode = program.mode if isinstance(program, _Ours) else None
             n_tokens = runs[0].n_tokens
@@ -286,8 +297,8 @@ class _Taken:
     joules: float | None
 
     @property
-    def tps(self) -> float:
-        return self.n_tokens / self.seconds
+    def seconds_per_token(self) -> float:
+        return self.seconds / self.n_tokens
 
 
 @dataclass(frozen=True)
@@ -328,9 +339,9 @@ def _measurement(
     least: Pass,
     runs: Sequence[_Taken],
     limits: Limits | None,
-    first_tps: float,
+    first: float,
 ) -> Measurement:
-    per_token = [run.seconds / run.n_tokens for run in runs]
+    per_token = [run.seconds_per_token for run in runs]
     middle = statistics.median(per_token)
     read_gbps = least.n_bytes / least.n_tokens / middle / 1e9
     tops = least.n_ops / least.n_tokens / middle / 1e12
@@ -357,7 +368,7 @@ def _measurement(
         tops_share=tops / tops_limit if tops_limit else None,
         roofline_share=roofline,
         joules_per_token=statistics.median(joules) if joules else None,
-        ratio=first_tps * middle,
+        ratio=middle / first,
     )
 
 
@@ -399,30 +410,12 @@ def bench(
     )
 
 
-def _gpus(model: Model) -> dict[str, Gpu | None]:
-    """The GPUs in use by name; None where the driver's library does not know one."""
-    names = {*model.placement.layers, *model.placement.experts, model.placement.output} - {CPU}
-    gpus: dict[str, Gpu | None] = {}
-    for name in sorted(names):
-        gpus[name] = _find_gpu(int(name.partition(":")[2] or 0))
-    return gpus
-
-
-def _find_gpu(number: int) -> Gpu | None:
-    module = cuda_module()
+def _find_gpu(name: str) -> Gpu | None:
+    """The GPU of a device's name; None where the driver's library does not know it."""
+    module, number = cuda_module(), int(name.partition(":")[2] or 0)
     if module is None or number >= module.device_count():
         return None
     return find_gpu(number, module.device_info(number)["name"])
-
-
-def _limits(model: Model, gpus: dict[str, Gpu | None]) -> Limits | None:
-    if not gpus:
-        return cpu_limits(model.isa, model.n_threads)
-    placement = model.placement
-    if len({*placement.layers, *placement.experts, placement.output}) > 1:
-        return None
-    ((name, gpu),) = gpus.items()
-    return gpu_limits(name, gpu) if gpu is not None else None
 
 
 def _notes(limits: Limits | None, meter: EnergyMeter, *, on_gpu: bool) -> list[str]:

@@ -49,7 +49,8 @@ def test_table(cli: Cli, tiny: Path) -> None:
     result = cli("bench", tiny, "-p", "8,20", "-n", "3", "-d", "0,16", *QUICK)
     assert result.status == 0, result.err
     first, second, *rest = result.out.splitlines()
-    assert "1 threads" in first
+    assert "on cpu" in first
+    assert "threads 1" in first
     assert "GB/s" in second
     assert "TOPS" in second
     rows = [line.split("|")[1:-1] for line in rest if line.startswith("|")]
@@ -76,8 +77,9 @@ def test_json(cli: Cli, tiny: Path) -> None:
     result = cli("bench", tiny, "-p", "8", "-n", "2", "-d", "4", "-o", "json", *QUICK)
     assert result.status == 0, result.err
     found = json.loads(result.out)
-    keys = {"model", "limits", "energy", "load_average", "repeats", "results", "notes"}
-    assert set(found) == keys
+    about = {"model", "devices", "limits", "energy", "load_average", "repeats", "notes"}
+    assert set(found) == {"results", *about}
+    assert found["devices"] == ["cpu"]
     assert found["model"]["n_threads"] == 1
     assert found["limits"]["read_gbps"] > 0
     prefill, decode = found["results"]

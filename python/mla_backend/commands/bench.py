@@ -174,6 +174,7 @@ def _show(
         write_json(
             {
                 "model": facts,
+                "devices": machine.devices,
                 "limits": asdict(machine.limits) if machine.limits else None,
                 "energy": machine.meter.sources,
                 "load_average": machine.load_average,
@@ -195,7 +196,6 @@ def _show(
 def _title(facts: dict[str, object], machine: Bench) -> str:
     limits = machine.limits
     name = facts["name"] or Path(str(facts["path"])).name
-    if limits is None:
-        return str(name)
-    threads = f", {limits.threads} threads" if limits.threads else ""
-    return f"{name} on {limits.name}{threads}"
+    where = "+".join(machine.devices) if limits is None else limits.name
+    threads = f", {limits.threads} threads" if limits is not None and limits.threads else ""
+    return f"{name} on {where}{threads}"

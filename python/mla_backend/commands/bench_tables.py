@@ -68,9 +68,9 @@ def _row(cells: Sequence[str]) -> str:
 def _header(machine: Bench, facts: dict[str, object], repeats: int) -> Iterator[str]:
     name = facts["name"] or Path(str(facts["path"])).name
     yield (
-        f"{name}: cache {facts['cache_type']}, precision {facts['precision']}, "
-        f"{facts['n_threads']} threads, {facts['isa']}; medians of {repeats}, "
-        f"load average {machine.load_average:.1f}"
+        f"{name} on {'+'.join(machine.devices)}: cache {facts['cache_type']}, "
+        f"precision {facts['precision']}, threads {facts['n_threads']}, {facts['isa']}; "
+        f"medians of {repeats}, load average {machine.load_average:.1f}"
     )
     if machine.limits is not None:
         yield _limits_text(machine.limits)

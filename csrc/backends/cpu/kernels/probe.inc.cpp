@@ -35,9 +35,9 @@ MLA_INLINE uint32_t run_chains(int64_t n_steps, Sum first, const Step& step) {
 #pragma GCC unroll 12
     for (int s = 0; s < kSums; ++s) sums[s] = step(sums[s]);
   }
-  Sum total = sums[0];
-  for (int s = 1; s < kSums; ++s) total += sums[s];
-  return static_cast<uint32_t>(((I32)total)[0]);
+  I32 total = (I32)sums[0];
+  for (int s = 1; s < kSums; ++s) total ^= (I32)sums[s];
+  return static_cast<uint32_t>(total[0]);
 }
 
 uint32_t multiply_f32(int64_t n_steps, uint32_t seed) noexcept {
@@ -47,7 +47,8 @@ uint32_t multiply_f32(int64_t n_steps, uint32_t seed) noexcept {
 
 uint32_t multiply_int8(int64_t n_steps, uint32_t seed) noexcept {
   const Bytes a = (Bytes)(I32{} + static_cast<int32_t>(0x01010101 + seed));
-  // The sum is an operand too: products of constants would be computed once.
+  // The sum is an operand too: products of constants would be computed once. A step adds at most
+  // 4 * 127, so a million of them stay within 32 bits.
   return run_chains(n_steps, (I32)a, [a](I32 sum) { return dot_add(sum, a, (Bytes)sum); });
 }
 
