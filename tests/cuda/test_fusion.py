@@ -89,7 +89,7 @@ def test_products_take_the_norm_of_their_row(
 @pytest.mark.parametrize("device", ["cuda"])
 @pytest.mark.parametrize("width", [2080, 20480, 36864])
 def test_wide_rows_take_their_norm(device: str, width: int) -> None:
-    """Of several segments, of which the last is not whole; beyond what shared memory holds twice."""
+    """Of several segments, the last not whole; beyond what shared memory holds twice."""
 
     def build(g: _core.Graph, precision: str) -> list[_core.Node]:
         x = g.input("x", "F32", [1, width])

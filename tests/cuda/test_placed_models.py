@@ -93,9 +93,9 @@ def test_single_tokens_in_few_kernels(device: str, shape: str) -> None:
     path = small_model(shape, "q4_k_m", n_layer=3)
     found = []
     for name, precision in ((device, "fast"), ("cpu", "exact")):
-        with Model.load(path, device=name, n_ctx=64, n_batch=8, precision=precision) as model:
-            with model.session() as session:
-                session.feed(IDS)
-                found.append([session.feed([token]) for token in (7, 1, 4)])
+        options: dict[str, Any] = {"n_ctx": 64, "n_batch": 8, "precision": precision}
+        with Model.load(path, device=name, **options) as model, model.session() as session:
+            session.feed(IDS)
+            found.append([session.feed([token]) for token in (7, 1, 4)])
     got, want = (np.asarray(rows) for rows in found)
     assert np.abs(got - want).max() <= 0.02 * want.std()

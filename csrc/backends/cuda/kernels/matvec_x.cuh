@@ -103,10 +103,11 @@ __device__ __forceinline__ void stage(const MatVec& m, float* raw, std::byte* sm
   }
 #pragma unroll 1
   for (int first = 0; first < n; first += step) {  // whole warps shuffle
-    const bool stores = first + own < n;
-    const int i = stores ? first + own : own % n;
-    Run run = load_run(x + i);
-    if (m.norm.used) {
+    const int i = first + own;
+    const bool stores = i < n;
+    Run run = {};
+    if (stores) run = load_run(x + i);
+    if (stores && m.norm.used) {
       const Run weights = load_run(reinterpret_cast<const float*>(m.norm.weight) + i);
 #pragma unroll
       for (int e = 0; e < kRun; ++e) run.at[e] = factor.times(run.at[e]) * weights.at[e];
