@@ -22,8 +22,8 @@ struct Slot {
   int64_t offset_bytes = 0;  // in the domain's arena
 };
 
-// One thing to do: a node on a backend, or (node == nullptr) a hop: a value copied by a backend to or
-// from its own memory.
+// One thing to do: a node on a backend, or (node == nullptr) a hop: a value copied by a backend to
+// or from its own memory.
 struct PlannedStep {
   int backend = 0;
   const Node* node = nullptr;

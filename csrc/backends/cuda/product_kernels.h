@@ -9,9 +9,9 @@ namespace mla::cuda {
 struct ExactRun {
   Finish finish = Finish::store;
   bool waits_last = false;  // see Overlap
-  bool fours = false;   // x and w may be read four neighbours at a time
-  int split = 1;        // warps that divide k
-  int n_row_tiles = 1;  // of each matrix
+  bool fours = false;       // x and w may be read four neighbours at a time
+  int split = 1;            // warps that divide k
+  int n_row_tiles = 1;      // of each matrix
 };
 
 struct ProductKernels {

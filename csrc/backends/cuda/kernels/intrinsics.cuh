@@ -29,7 +29,8 @@ namespace mla::cuda {
 // ---- dependent launch ---------------------------------------------------------------------------
 
 // Lets the next kernel start, as far as there is room for it. Kernels do so once they have waited:
-// earlier, kernel after kernel would start, and the blocks that wait hold room from those that work.
+// earlier, kernel after kernel would start, and the blocks that wait hold room from those that
+// work.
 __device__ __forceinline__ void pdl_release() {
 #if MLA_CUDA_ARCH >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
