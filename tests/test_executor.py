@@ -302,6 +302,20 @@ def test_what_comes_to_the_host_anyway_is_not_copied_twice(cpu: _core.CpuBackend
     np.testing.assert_array_equal(executor.output(1), 2 * X)
 
 
+def test_an_output_on_demand_stays_where_the_host_has_read_it(cpu: _core.CpuBackend) -> None:
+    g = _core.Graph()
+    x = g.input("x", "F32", [4, 32])
+    y = g.add(x, x)
+    z = g.rms_norm(y)  # on the host, which then has y
+    for _ in range(4):  # what would take its place, were it not kept
+        z = g.rms_norm(z)
+    g.output(y, on_demand=True)
+    g.output(z)
+    executor = _core.Executor(g, _core.Workspace([_core.SubsetBackend(cpu, {"add"}), cpu]))
+    executor.run({"x": X})
+    np.testing.assert_array_equal(executor.output(0), 2 * X)
+
+
 # ---- inputs --------------------------------------------------------------------------------------
 
 

@@ -119,6 +119,21 @@ def test_cancelled_feed_keeps_whole_chunks(model: Model) -> None:
 # ---- going back ----------------------------------------------------------------------------------
 
 
+def test_an_interrupt_amid_a_step_leaves_the_session_as_it_was(model: Model) -> None:
+    def interrupted(_: object) -> bool:
+        raise KeyboardInterrupt
+
+    ids = random_ids(40)
+    with model.session() as session, model.session() as other:
+        want = other.feed([*ids, 5])
+        session.feed(ids)
+        with pytest.raises(KeyboardInterrupt):
+            session.step(7, interrupted)
+        assert session.tokens == ids
+        assert session.position == len(ids)
+        np.testing.assert_allclose(session.feed([5]), want, atol=ROUNDING)
+
+
 def test_fork(model: Model) -> None:
     ids, more = random_ids(70), random_ids(8, 2)
     session = model.session()

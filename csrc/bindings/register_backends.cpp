@@ -79,7 +79,11 @@ void run(PyExecutor& self, const py::dict& inputs, const CancelToken* cancel, bo
 }
 
 py::array output(PyExecutor& self, size_t i) {
-  const Tensor t = self.executor->output(i);
+  Tensor t;
+  {
+    const py::gil_scoped_release unlocked;  // it may wait for a device
+    t = self.executor->output(i);
+  }
   auto hold = std::make_unique<OutputMemory>(
       OutputMemory{self.executor->workspace().arena(kHost).data, self.owners});
   const py::capsule owner(hold.release(), [](void* p) { delete static_cast<OutputMemory*>(p); });

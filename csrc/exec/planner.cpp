@@ -162,6 +162,7 @@ class Planner {
       Node* root = graph_.nodes()[static_cast<size_t>(id)].get();
       const int to = add_slot(root, domain, -1);
       const int from = by_root_[root].front();
+      if (plan_.slots[static_cast<size_t>(from)].bytes == 0) continue;  // it lies nowhere
       if (before == nullptr || !follows(*before, *root)) {
         plan_.steps.push_back({device_between(kHost, domain), nullptr, from, to});
         ++plan_.n_copies;
@@ -198,7 +199,10 @@ class Planner {
   void keep(Node* root, size_t output) {
     const int source = by_root_[root].front();
     plan_.slots[static_cast<size_t>(source)].last = kForever;
-    if (find(root, kHost) < 0) {
+    const int there = find(root, kHost);
+    if (there >= 0) {
+      plan_.slots[static_cast<size_t>(there)].last = kForever;
+    } else {
       const Domain from = plan_.slots[static_cast<size_t>(source)].domain;
       const int to = add_slot(root, kHost, static_cast<int>(plan_.steps.size()));
       plan_.slots[static_cast<size_t>(to)].last = kForever;

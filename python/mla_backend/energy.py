@@ -64,6 +64,8 @@ def _packages(root: Path) -> tuple[list[_Package], list[str], str]:
         counter = domain / "energy_uj"
         try:
             name = (domain / "name").read_text().strip()
+            if not name.startswith("package"):  # psys counts packages, and more
+                continue
             most = int((domain / "max_energy_range_uj").read_text())
             packages.append(_Package(counter, most, int(counter.read_text())))
         except PermissionError:

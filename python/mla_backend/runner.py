@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -94,8 +95,7 @@ class Runner:
         before computing where the cache has no room, CancelledError; then no sequence has changed.
         """
         shape = self._shape(pieces)
-        with self._engine.lock:
-            executor = self._compute(pieces, shape, cancel)
+        with self._engine.lock, self._pass(pieces, shape, cancel) as executor:
             if not shape.n_outputs:
                 return np.empty((0, self._engine.config.n_vocab), np.float32)
             return executor.output(0).copy()  # the arena is the next run's
@@ -113,8 +113,7 @@ class Runner:
         if len(enough) != len(pieces) or any(piece.outputs != 1 for piece in pieces):
             raise ShapeError("candidates are of one output to a piece, each with its own use")
         shape = self._shape(pieces, self._n_candidates)
-        with self._engine.lock:
-            executor = self._compute(pieces, shape, cancel)
+        with self._engine.lock, self._pass(pieces, shape, cancel) as executor:
             ids, values, totals = (executor.output(i).copy() for i in (1, 2, 3))
             rows: list[LogitsRow] = []
             for i, is_enough in enumerate(enough):
@@ -123,23 +122,27 @@ class Runner:
                 rows.append(best if is_enough(best) else executor.output(0)[i].copy())
             return rows
 
-    def _compute(
+    @contextmanager
+    def _pass(
         self, pieces: Sequence[Piece], shape: BatchShape, cancel: _core.CancelToken | None
-    ) -> _core.Executor:
-        """Run a batch and count its tokens; where that fails, no sequence has changed."""
+    ) -> Iterator[_core.Executor]:
+        """Run a batch, and count its tokens once its outputs are taken.
+
+        Where either fails, no sequence has changed.
+        """
         try:
             inputs = self._inputs(pieces, shape)
             executor = self._executor(shape)
             # Chunks without logits are not waited for: several devices work on several.
             executor.run(inputs, cancel, wait=shape.n_outputs > 0)
             self._engine.weights.check()
+            yield executor
         except BaseException:
             for piece in pieces:
                 self._cache.release(piece.sequence)
             raise
         for piece in pieces:
             self._cache.commit(piece.sequence, len(piece.ids))
-        return executor
 
     def prepare(self, n_tokens: int) -> None:
         """Plan a batch of one piece ahead, so that its memory is taken before it is computed.

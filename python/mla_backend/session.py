@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
@@ -121,8 +122,9 @@ class Session:
             chunk = ids[begin : begin + self._n_batch]
             wanted = max(0, min(len(chunk), begin + len(chunk) - (total - outputs)))
             piece = Piece(self._sequence, chunk, wanted)
-            rows.append(self._runner.run([piece], cancel))
-            self.tokens += chunk
+            with self._counted():
+                rows.append(self._runner.run([piece], cancel))
+                self.tokens += chunk
             if on_progress is not None:
                 on_progress("prefill", begin + len(chunk), total)
         return np.concatenate(rows) if len(rows) > 1 else rows[0]
@@ -140,9 +142,23 @@ class Session:
             return logits
         token = index(token)
         self._check([token], 1)
-        (row,) = self._runner.run_for([Piece(self._sequence, [token])], [enough], cancel)
-        self.tokens.append(token)
+        with self._counted():
+            (row,) = self._runner.run_for([Piece(self._sequence, [token])], [enough], cancel)
+            self.tokens.append(token)
         return row
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Whatever interrupts it, Ctrl-C included, leaves as many cells as tokens."""
+        before = len(self.tokens)
+        try:
+            yield
+        except BaseException:
+            del self.tokens[before:]
+            if self._sequence.n_cells > before:
+                with self._runner.lock:
+                    self._cache.truncate(self._sequence, before)
+            raise
 
     def _check(self, ids: Sequence[int], outputs: int) -> None:
         if not 0 <= outputs <= len(ids) or not ids:

@@ -87,6 +87,30 @@ def test_products_take_the_norm_of_their_row(
 
 
 @pytest.mark.parametrize("device", ["cuda"])
+def test_a_norm_that_is_added_as_well_stays(device: str) -> None:
+    """Beside products of nothing, and of one row of weights again and again."""
+
+    def build(g: _core.Graph, precision: str) -> list[_core.Node]:
+        normed = g.rms_norm(g.input("x", "F32", [1, WIDTH]))
+        square = g.weight("w", quantized("Q4_K", WIDTH, WIDTH))
+        nothing = g.slice(square, 0, 0, 0)
+        row = g.broadcast(g.weight("row", quantized("Q8_0", 1, WIDTH, seed=4)), [9, WIDTH])
+        other = g.rms_norm(g.input("y", "F32", [1, WIDTH]))
+        return [
+            g.matmul(normed, square, normed, precision),
+            g.matmul(other, nothing, precision=precision),
+            g.matmul(other, row, precision=precision),
+        ]
+
+    inputs = {"x": floats(1, WIDTH), "y": floats(1, WIDTH, seed=9)}
+    got = run([cuda_backend(), CPU], build, inputs, "fast")
+    want = run([CPU], build, inputs, "exact")
+    for ours, theirs in zip(got, want, strict=True):
+        largest = np.abs(theirs).max(initial=1e-9)
+        np.testing.assert_allclose(ours / largest, theirs / largest, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", ["cuda"])
 @pytest.mark.parametrize("width", [2080, 20480, 36864])
 def test_wide_rows_take_their_norm(device: str, width: int) -> None:
     """Of several segments, the last not whole; beyond what shared memory holds twice."""

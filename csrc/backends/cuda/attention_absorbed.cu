@@ -152,11 +152,16 @@ AbsorbedPlan absorbed_plan(const AttentionArgs& a, const DeviceInfo& device, std
 bool absorbed_fits(const Node& node, const DeviceInfo& device) {
   const AttentionArgs a = attention_args(node, nullptr);
   const Format operand = operand_is_bf16(a) ? Format::BF16 : Format::F16;
+  const auto is_given = [&](size_t i) {  // k_b and v_b are read before other kernels have ended
+    const Op op = root_of(node.input(i)).node->op;
+    return op == Op::weight || op == Op::input;
+  };
   // A tile takes 74 KB: capability 7.5 has 64. A float32 cache is kept for its precision, which
   // operands of 16 bits would lose: both run in attention_exact.cu.
   return device.capability() >= 80 && a.latent.format != Format::F32 && a.rope.format == operand &&
          a.r <= kRopeDims && products_fit(a) && plane_fits(node.input(2), latent_bytes(a)) &&
-         plane_fits(node.input(3), 2 * a.r) && narrow_variant(a, device).n_stages > 0;
+         plane_fits(node.input(3), 2 * a.r) && is_given(4) && is_given(5) &&
+         narrow_variant(a, device).n_stages > 0;
 }
 
 size_t absorbed_scratch_bytes(const Node& node, const DeviceInfo& device) {

@@ -11,6 +11,8 @@ namespace {
 // Tokens up to which norms and rotations are worth taking over: what takes them does them for each
 // of its blocks.
 constexpr int kMostRows = 16;
+// Numbers of a cell that a block makes in shared memory.
+constexpr int64_t kWidestCell = 8192;
 
 struct Range {
   const std::byte *begin, *end;
@@ -43,7 +45,29 @@ bool reads(const Step& step, const Range& range) {
   return found;
 }
 
+int n_operands_in(const Step& step, const Range& range) {
+  int n = 0;
+  for_each_read(step, [&](const Range& r) { n += r.meets(range) ? 1 : 0; });
+  return n;
+}
+
 bool is(const Step& step, Op op) { return step.node != nullptr && step.node->op == op; }
+
+// Whether a step writes to some of that memory: also what has no result of its own.
+bool writes(const Step& step, const Range& range) {
+  const auto meets = [&](const Tensor& t) { return range_of(t).meets(range); };
+  return meets(step.out) || (is(step, Op::cache_write) && (meets(step.in[0]) || meets(step.in[1])));
+}
+
+// Whether the kernels of a step would have nothing to do.
+bool is_idle(const Step& step) {
+  const Tensor& rows = is(step, Op::cache_write) ? step.in[2] : step.out;
+  return rows.shape.n_elems() == 0;
+}
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+  return a.shape.rank == b.shape.rank && a.shape.extent == b.shape.extent;
+}
 
 bool same_elements(const Tensor& a, const Tensor& b) {
   return a.data == b.data && a.format == b.format && a.shape.n_elems() == b.shape.n_elems() &&
@@ -89,13 +113,15 @@ class Fusion {
 
   // Whether the memory still holds the result of step i where step j begins.
   bool range_is_his(size_t j, size_t i, const Range& result) const {
-    return j == i + 1 || !range_of(steps_[j - 1].out).meets(result);
+    return j == i + 1 || !writes(steps_[j - 1], result);
   }
 
   // Whether what step i reads is still there while step j runs.
   bool inputs_last(size_t i, size_t j) const {
     for (size_t k = i + 1; k <= j; ++k) {
-      if (reads(steps_[i], range_of(steps_[k].out))) return false;
+      bool spoilt = false;
+      for_each_read(steps_[i], [&](const Range& r) { spoilt = spoilt || writes(steps_[k], r); });
+      if (spoilt) return false;
     }
     return true;
   }
@@ -108,17 +134,21 @@ class Fusion {
   bool takes(size_t j, const Step& step, Op op) {
     const Step& reader = steps_[j];
     if (reader.node == nullptr || place(j, op) != nullptr) return false;
+    if (n_operands_in(reader, range_of(step.out)) != 1)
+      return false;  // the others need it as it is
     if (op == Op::rms_norm && (is(reader, Op::matmul) || is(reader, Op::swiglu_matmul))) {
       return same_elements(reader.in[0], step.out) && product_takes_norm(reader, step, device_);
     }
     if (op == Op::rope && is(reader, Op::mla_attention)) {
-      return step.out.shape.extent[1] <= kMostRows && same_elements(reader.in[1], step.out) &&
+      return step.out.shape.extent[1] <= kMostRows && step.in[0].format == Format::F32 &&
+             same_shape(reader.in[1], step.out) && same_elements(reader.in[1], step.out) &&
              attention_takes_rope(*reader.node, device_);
     }
     if (is(reader, Op::cache_write)) {
       const Tensor& row = reader.in[op == Op::rms_norm ? 2 : 3];
-      return step.out.shape.extent[2] <= kMostRows && row.data == step.out.data &&
-             same_elements(row, step.out);
+      const int64_t width = reader.in[2].shape.extent[3] + reader.in[3].shape.extent[3];
+      return step.out.shape.extent[2] <= kMostRows && width <= kWidestCell &&
+             same_shape(row, step.out) && same_elements(row, step.out);
     }
     return false;
   }
@@ -141,8 +171,7 @@ bool touches(const Launch& launch, const Range& range) {
 bool is_apart(const Launch& launch, std::span<const Launch> before) {
   const Range out = range_of(launch.step->out);
   return std::ranges::none_of(before, [&](const Launch& b) {
-    const Range theirs = range_of(b.step->out);
-    return theirs.meets(out) || touches(launch, theirs) || touches(b, out);
+    return writes(*b.step, out) || touches(launch, range_of(b.step->out)) || touches(b, out);
   });
 }
 
@@ -188,6 +217,8 @@ void overlap(std::vector<Launch>& launches, const DeviceInfo& device) {
 
 std::vector<Launch> fuse(std::span<const Step> steps, const DeviceInfo& device) {
   std::vector<Launch> launches = Fusion(steps, device).run();
+  // What enqueues nothing would seem to wait for what is ahead of it.
+  std::erase_if(launches, [](const Launch& launch) { return is_idle(*launch.step); });
   overlap(launches, device);
   return launches;
 }

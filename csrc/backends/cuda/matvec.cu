@@ -10,7 +10,8 @@ namespace mla::cuda {
 namespace {
 
 constexpr int kFewestWarps = 4;
-constexpr int kMostSlots = 32;  // a warp keeps the experts of a token, one in each lane
+constexpr size_t kStaticSmemBytes = 1024;  // what the kernel has beside, and its alignment
+constexpr int kMostSlots = 32;             // a warp keeps the experts of a token, one in each lane
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -50,7 +51,8 @@ void set_weights(MatVec& m, const Product& p, const MatVecKernel& kernel) {
   m.w[0] = p.w.data;
   m.w[1] = p.swiglu ? p.up.data : p.w.data;
   m.matrix_stride = p.w.matrix_stride[1];
-  m.row_bytes = static_cast<int>(p.w.row_stride);
+  m.row_step = p.w.row_stride;
+  m.row_bytes = static_cast<int>(packed_row_bytes(p.w.format, p.k));
   m.n = p.n;
   m.planes = kernel.planes(n_blocks);
   m.n_segments = divide_up(n_blocks, kernel.segment_blocks);
@@ -102,13 +104,13 @@ Plan make_plan(const Product& p, const DeviceInfo& device) {
   m.out = p.out;
   m.swiglu = p.swiglu;
   m.n_pairs = p.swiglu ? p.n : divide_up(p.n, 2);
-  m.pair_bytes = (p.swiglu ? 1 : 2) * m.row_bytes;
+  m.pair_bytes = (p.swiglu ? 1 : 2) * m.row_step;
   for (int n_warps = kMostMatVecWarps; n_warps >= kFewestWarps && !plan.fits; n_warps /= 2) {
     plan.n_blocks = divide(m, n_warps, device);
     for (const bool copies : {true, false}) {
       m.copies_x = copies;
       plan.smem_bytes = smem_bytes(m, kernel);
-      plan.fits = plan.smem_bytes <= device.smem_per_block;
+      plan.fits = plan.smem_bytes + kStaticSmemBytes <= device.smem_per_block;
       if (plan.fits) break;
     }
   }
@@ -124,7 +126,7 @@ bool halves_match(const Product& p) {
 }  // namespace
 
 bool matvec_fits(const Product& p, const DeviceInfo& device) {
-  if (p.k == 0 || !takes_quantized(p.w) || !halves_match(p)) return false;
+  if (p.k == 0 || p.n == 0 || !takes_quantized(p.w) || !halves_match(p)) return false;
   if (p.extent[0] != 1 || p.extent[1] != 1 || p.extent[2] == 0 || p.extent[2] > kMostSlots) {
     return false;
   }

@@ -22,6 +22,7 @@ struct MatVec {
 
   const std::byte* w[2] = {};  // of the second row of a pair: up, or the first once more
   int64_t matrix_stride = 0;   // bytes
+  int64_t row_step = 0;        // from row to row; 0: all are the same
   int row_bytes = 0, n = 0;    // of a matrix
   SegmentPlanes planes;
   int n_segments = 1, n_pieces = 0;  // pieces: of 16 bytes, in a row's first plane

@@ -126,7 +126,9 @@ size_t product_scratch_bytes(const Product& p, Precision precision, const Device
   }
   // Plain weights may turn out to lie at odd addresses.
   const bool plain = !traits(p.w.format).quantized || (p.swiglu && !traits(p.up.format).quantized);
-  if (path == Path::gemm || (plain && path == Path::small_batch && product_gemm_fits(p))) {
+  const bool may_leave = (plain && path == Path::small_batch) ||
+                         (path == Path::matvec && !small_batch_fits(p, device));
+  if (path == Path::gemm || (may_leave && product_gemm_fits(p))) {
     bytes = std::max(bytes, product_gemm_scratch_bytes(p, device));
   }
   return bytes;

@@ -9,8 +9,8 @@
 namespace mla::cuda {
 namespace {
 
-// A block has this much dynamic shared memory without asking.
-constexpr size_t kUnaskedSmemBytes = 48 * 1024;
+// A block has 48 KB of shared memory without asking, of which its static variables take some.
+constexpr size_t kUnaskedSmemBytes = 40 * 1024;
 // Kernels start before the ones before them have ended from this capability on.
 constexpr int kDependentLaunchMajor = 9;
 

@@ -33,7 +33,7 @@ def main() -> None:
                 model = load(llama_cpp, request)
                 _say(answers, {})
             else:
-                _say(answers, {"seconds": feed(model, request)})
+                _say(answers, {"seconds": feed(llama_cpp, model, request)})
         except (ValueError, RuntimeError, AttributeError) as error:
             _say(answers, {"error": f"{type(error).__name__}: {error}"})
 
@@ -59,13 +59,15 @@ def load(llama_cpp: Any, request: dict[str, Any]) -> Any:
         return llama_cpp.Llama(**options, kv_overrides=override)
 
 
-def feed(model: Any, request: dict[str, Any]) -> float:
-    """Seconds of the evaluation alone."""
+def feed(llama_cpp: Any, model: Any, request: dict[str, Any]) -> float:
+    """Seconds of the evaluation alone, until devices have done their work too."""
     ids = request["ids"]
     model.n_tokens = request["keep"]
+    llama_cpp.llama_synchronize(model.ctx)
     start = time.perf_counter()
     for step in [[i] for i in ids] if request["one_by_one"] else [ids]:
         model.eval(step)
+    llama_cpp.llama_synchronize(model.ctx)
     return time.perf_counter() - start
 
 

@@ -131,7 +131,9 @@ __device__ __forceinline__ const std::byte* stage_normed(const Product& p) {
   float* row = dynamic_smem<float>();
   float sum = 0.0f;
   for (int k = static_cast<int>(threadIdx.x); k < p.k; k += kExactThreads) {
-    const float x = load_element(p.x + k * p.x_step, p.x_format);
+    const std::byte* at = p.x + k * p.x_step;
+    const float x = p.x_format == Format::F32 ? load_coherent(reinterpret_cast<const float*>(at))
+                                              : load_element(at, p.x_format);
     row[k] = x;
     sum = fmaf(x, x, sum);
   }

@@ -104,7 +104,7 @@ __device__ __forceinline__ const std::byte* row_at(const MatVec& m, int experts,
   const int expert = __shfl_sync(kAllLanes, experts, slot);
   const int second = lane_id() & 1;
   const int n = m.swiglu ? pair : 2 * pair + second;
-  return m.w[second] + expert * m.matrix_stride + int64_t{n} * m.row_bytes;
+  return m.w[second] + expert * m.matrix_stride + n * m.row_step;
 }
 
 __device__ __forceinline__ Ahead begin_copies(const MatVec& m, const Share& share, int experts) {
@@ -119,7 +119,7 @@ __device__ __forceinline__ void push(const MatVec& m, const Share& share, int ex
   if (a.unit >= share.end) return ring.push_nothing();
   const int pair = share.base + a.pair;
   const bool alone = (lane_id() & 1) != 0 && !m.swiglu && 2 * pair + 1 >= m.n;
-  ring.push(alone ? a.row - m.row_bytes : a.row, a.segment);
+  ring.push(alone ? a.row - m.row_step : a.row, a.segment);
   if (++a.segment < m.n_segments) return;
   a.segment = 0;
   ++a.unit;
@@ -218,7 +218,8 @@ __device__ __forceinline__ void store_sums(const MatVec& m, const Share& share,
                                            const float* parts) {
   const int row = static_cast<int>(threadIdx.x), n = 2 * share.base + row;
   const bool stores = row < 2 * share.n_pairs && n < m.n;
-  const float residual = stores && m.residual != nullptr ? m.residual[n * m.residual_step] : 0.0f;
+  const float residual =
+      stores && m.residual != nullptr ? load_coherent(m.residual + n * m.residual_step) : 0.0f;
   __syncthreads();
   if (!stores) return;
   float sum = 0.0f;
@@ -268,7 +269,8 @@ __global__ void __launch_bounds__(32 * kMostMatVecWarps, 1)
     const int n_pairs = min(min(share.end - unit, share.n_pairs - pair), kBatch);
     const int n = row_in_charge(m, share.base + pair, n_pairs);
     float residual = 0.0f;
-    if (m.residual != nullptr && n < m.n) residual = m.residual[n * m.residual_step];
+    if (m.residual != nullptr && n < m.n)
+      residual = load_coherent(m.residual + n * m.residual_step);
     const StagedX row = staged_row(x, m.n_x > 1 ? slot : 0, m.k);
 #pragma unroll 1
     for (int j = 0; j < n_pairs; ++j) {
