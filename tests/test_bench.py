@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from mla_backend.errors import UnsupportedError
 from mla_backend.gguf import read_gguf
 from mla_backend.limits import cpu_limits, gpu_limits
 from mla_backend.nvml import Gpu
+from mla_backend.peers import llama_cpp_python
 from mla_backend.synth import SHAPES
 from small_models import small_model
 
@@ -45,6 +47,25 @@ def test_one_token_reads_what_it_uses() -> None:
     assert found.n_bytes == pytest.approx(n_bytes + 100 * cell_bytes)
     assert found.n_ops == pytest.approx(2 * n_params + 100 * attention)
     assert found.contractions == {"absorbed"}
+
+
+def test_the_head_is_read_where_there_are_logits() -> None:
+    path = small_model("tiny-v2", "q4_k_m")
+    costs, head = costs_of(path), read_gguf(path).tensors["output.weight"]
+    without = costs.run(8, 0, outputs=0)
+    assert costs.run(8, 0).n_bytes - without.n_bytes == head.n_bytes
+    halves = costs.prefill(16, 0, 8)  # the last pass alone has logits
+    assert halves.n_bytes == without.n_bytes + costs.run(8, 8).n_bytes
+
+
+@pytest.mark.parametrize("has_query_latent", [True, False])
+def test_the_peer_is_given_the_key_that_it_demands(has_query_latent: bool) -> None:
+    given: dict[str, Any] = {}
+    request = {"model": "m", "n_ctx": 8, "n_batch": 8, "threads": 1, "on_gpu": False}
+    request |= {"has_query_latent": has_query_latent}
+    llama_cpp_python.load(SimpleNamespace(Llama=lambda **options: given.update(options)), request)
+    override = {"deepseek2.attention.q_lora_rank": 0}
+    assert given["kv_overrides"] == (None if has_query_latent else override)
 
 
 def test_prefill_reads_weights_once_per_pass() -> None:

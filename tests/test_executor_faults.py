@@ -128,6 +128,9 @@ def test_outputs_are_of_the_last_run(cpu: _core.CpuBackend) -> None:
     second = _core.Executor(doubled([4, 32]), workspace)
     with pytest.raises(DeviceError, match="nothing has run yet"):
         first.output(0)
+    first.run({"x": X}, wait=False)
+    with pytest.raises(DeviceError, match="the last run was not waited for"):
+        first.output(0)
     first.run({"x": X})
     second.run({"x": X})
     np.testing.assert_array_equal(second.output(0), 2 * X)

@@ -277,7 +277,9 @@ Tensor Executor::output(size_t i) {
   if (due) turn.emplace(*workspace_);
   MLA_CHECK(DeviceError, values_ == workspace_->values(), "output ", i,
             ": its values are not there: ",
-            values_ == 0 ? "nothing has run yet" : "the workspace has been used since");
+            left_busy_     ? "the last run was not waited for"
+            : values_ == 0 ? "nothing has run yet"
+                           : "the workspace has been used since");
   const Node* root = root_of(outputs_[i].node).node;
   MLA_CHECK(UnsupportedError, root->home == nullptr, "output ", i, ": a state in the memory of a ",
             "device cannot be read here");

@@ -195,7 +195,7 @@ class Bench:
         self.load_average = os.getloadavg()[0]
         self._costs = CostModel(model.file, model.config, model.cache_type, model.attention_isa)
         placement = model.placement
-        self.devices = sorted({*placement.layers, *placement.experts, placement.output})
+        self.devices = sorted({placement.of(name) for name in model.file.tensors})
         gpus = {name: _find_gpu(name) for name in self.devices if name != CPU}
         self.meter = EnergyMeter([gpu for gpu in gpus.values() if gpu is not None])
         self.limits = self._find_limits(gpus)
@@ -255,18 +255,24 @@ class Bench:
             for repeat in range(cases.repeats):
                 begin = depth + repeat * n_tokens
                 for runs_of, program in zip(taken, programs, strict=True):
-                    runs_of.append(clock.time(program, ids[begin : begin + n_tokens]))
+                    # One that was stopped at the time limit is repeated with as many tokens.
+                    n = runs_of[0].n_tokens if runs_of else n_tokens
+                    runs_of.append(clock.time(program, ids[begin : begin + n]))
                     done += 1
                     if on_progress is not None:
                         on_progress("bench", done, total)
             yield from self._judge(phase, depth, programs, taken)
 
     def _warm_up(self, program: Program, depth: int, ids: list[int]) -> None:
-        """Plans are made and pages come in: the first chunk, and what the last one leaves."""
+        """Plans are made and pages come in: of a whole chunk, and of the last, which has logits.
+
+        Devices record what runs a second time.
+        """
         n_batch = self._model.n_batch
-        program.feed(ids[:n_batch], keep=depth)
-        if len(ids) > n_batch and len(ids) % n_batch:
-            program.feed(ids[: len(ids) % n_batch], keep=depth)
+        last = (len(ids) - 1) % n_batch + 1
+        whole = n_batch if len(ids) > n_batch else 0
+        for _ in range(1 if self.devices == [CPU] else 2):
+            program.feed(ids[: whole + last], keep=depth)
 
     def _judge(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mla_backend import weights
 from mla_backend.attention_mode import AttentionMode, HeadDims, expands
 from mla_backend.cache import bytes_per_position
 from mla_backend.config import ModelConfig
@@ -31,6 +32,10 @@ class Pass:
         return max(self.n_bytes / read_gbps / 1e9, self.n_ops / tops / 1e12)
 
 
+def _is_head(tensor: TensorInfo) -> bool:
+    return tensor.name in ("output.weight", "token_embd.weight")
+
+
 class CostModel:
     """Costs of one model file. Activations are left out: they stay in caches."""
 
@@ -41,13 +46,14 @@ class CostModel:
         self._config = config
         self._isa = isa
         self._cache_bytes = bytes_per_position(config, cache_type)
-        tensors = [t for t in file.tensors.values() if self._is_read(t)]
+        # The embedding is looked up row by row, unless it is the output matrix too.
+        tensors = [
+            tensor
+            for name, tensor in weights.check(config, file).items()
+            if config.tied_embeddings or name != "token_embd.weight"
+        ]
         self._experts = [t for t in tensors if "_exps." in t.name]
         self._others = [t for t in tensors if "_exps." not in t.name]
-
-    def _is_read(self, tensor: TensorInfo) -> bool:
-        """The embedding is looked up row by row, unless it is the output matrix too."""
-        return self._config.tied_embeddings or tensor.name != "token_embd.weight"
 
     @property
     def n_active_params(self) -> float:
@@ -67,7 +73,7 @@ class CostModel:
         Experts are taken as chosen at random, so a long pass touches nearly all of them.
         """
         touched = 1 - (1 - self._used_share()) ** n_tokens
-        weight_bytes: float = sum(t.n_bytes for t in self._others)
+        weight_bytes: float = sum(t.n_bytes for t in self._others if outputs or not _is_head(t))
         weight_bytes += touched * sum(t.n_bytes for t in self._experts)
         head = self._config.n_vocab * self._config.d_model
         ops = 2 * n_tokens * (self.n_active_params - head) + 2 * outputs * head
@@ -101,7 +107,12 @@ class CostModel:
     ) -> Pass:
         """``n_tokens`` in passes of ``n_batch``, added up."""
         passes = [
-            self.run(min(n_batch, n_tokens - begin), depth + begin, outputs=0, attention=attention)
+            self.run(
+                min(n_batch, n_tokens - begin),
+                depth + begin,
+                outputs=int(begin + n_batch >= n_tokens),
+                attention=attention,
+            )
             for begin in range(0, n_tokens, n_batch)
         ]
         kinds = frozenset[str]().union(*(p.contractions for p in passes))

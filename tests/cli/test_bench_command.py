@@ -25,8 +25,7 @@ print("chatter on the standard output")
 
 class Llama:
     def __init__(self, **options):
-        if "kv_overrides" not in options:
-            raise ValueError("a key is missing")
+        assert options["kv_overrides"] is None  # the model has a query latent
         assert options["n_threads"] == 1 and options["n_gpu_layers"] == 0
         self.n_tokens = 0
 

@@ -11,8 +11,11 @@ namespace {
 
 // A block has 48 KB of shared memory without asking, of which its static variables take some.
 constexpr size_t kUnaskedSmemBytes = 40 * 1024;
-// Kernels start before the ones before them have ended from this capability on.
-constexpr int kDependentLaunchMajor = 9;
+// Where kernels may start before the ones before them have ended. Devices between the two run code
+// of an older capability, which does not wait for others.
+bool has_dependent_launch(const DeviceInfo& device) {
+  return device.major == 9 || device.major == 12;
+}
 
 // After these, every further call fails in the same way, for other devices too.
 bool loses_devices(cudaError_t error) {
@@ -321,7 +324,7 @@ void launch_kernel(const CudaRun& run, const void* kernel, dim3 grid, dim3 block
   config.dynamicSmemBytes = dynamic_smem_bytes;
   config.stream = run.stream;
   config.attrs = &attribute;
-  config.numAttrs = run.device.major >= kDependentLaunchMajor ? 1 : 0;
+  config.numAttrs = has_dependent_launch(run.device) ? 1 : 0;
   check(cudaLaunchKernelExC(&config, kernel, params), "launching a kernel");
 }
 

@@ -125,6 +125,7 @@ def bench(
                 threads=model.n_threads,
                 n_batch=model.n_batch,
                 on_gpu=model.attention_isa == "cuda",
+                has_query_latent=model.config.q_lora_rank is not None,
             )
         machine = Bench(model, peers)
         console.notes(machine.notes)

@@ -5,7 +5,7 @@ mla_backend, so that any interpreter which has the peer can run it. One JSON req
 in, one answer per line goes out:
 
     {}                                                  -> {"version": ...} or {"missing": why}
-    {"model", "n_ctx", "threads", "n_batch", "on_gpu"}  -> {}
+    {"model", "n_ctx", "threads", "n_batch", "on_gpu", "has_query_latent"}  -> {}
     {"ids", "keep", "one_by_one"}                       -> {"seconds": ...}
 
 or {"error": why} where a request fails.
@@ -66,10 +66,24 @@ class Peer:
         self.name = f"{name} {found['version']}"
 
     def load(
-        self, model: str | Path, *, n_ctx: int, threads: int, n_batch: int, on_gpu: bool
+        self,
+        model: str | Path,
+        *,
+        n_ctx: int,
+        threads: int,
+        n_batch: int,
+        on_gpu: bool,
+        has_query_latent: bool = True,
     ) -> None:
         """Load the file, on the GPUs or not. Raises DeviceError where the peer refuses."""
-        self._ask(model=str(model), n_ctx=n_ctx, threads=threads, n_batch=n_batch, on_gpu=on_gpu)
+        self._ask(
+            model=str(model),
+            n_ctx=n_ctx,
+            threads=threads,
+            n_batch=n_batch,
+            on_gpu=on_gpu,
+            has_query_latent=has_query_latent,
+        )
 
     def feed(self, ids: Sequence[int], *, keep: int, one_by_one: bool = False) -> float:
         """Go back to ``keep`` positions and feed ``ids``; returns seconds."""

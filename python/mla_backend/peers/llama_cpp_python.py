@@ -51,12 +51,9 @@ def load(llama_cpp: Any, request: dict[str, Any]) -> Any:
         "flash_attn": True,
         "verbose": False,
     }
-    try:
-        return llama_cpp.Llama(**options)
-    except ValueError:
-        # Without a query latent it demands the key, unless the depth is a published one.
-        override = {"deepseek2.attention.q_lora_rank": 0}
-        return llama_cpp.Llama(**options, kv_overrides=override)
+    # Without a query latent it demands the key, unless the depth is a published one.
+    override = None if request["has_query_latent"] else {"deepseek2.attention.q_lora_rank": 0}
+    return llama_cpp.Llama(**options, kv_overrides=override)
 
 
 def feed(llama_cpp: Any, model: Any, request: dict[str, Any]) -> float:
