@@ -97,8 +97,10 @@ bool ThreadPool::State::work(int thread) {
 
 void ThreadPool::State::loop(int thread) {
   if (!cpus.empty()) pin_this_thread(cpus[static_cast<size_t>(thread) % cpus.size()]);
-  while (!stop.load(std::memory_order_acquire)) {
+  while (true) {
+    // Before `stop`, which is set before the last bump: whoever has seen that bump also sees it.
     const uint32_t seen = wake.load(std::memory_order_acquire);
+    if (stop.load(std::memory_order_acquire)) return;
     if (work(thread)) continue;
     const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(spin_us);
     bool woken = false;

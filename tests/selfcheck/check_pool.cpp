@@ -1,4 +1,4 @@
-// The thread pool: every chunk once, no thread number twice at a time, several callers.
+// The thread pool: every chunk once, no thread number twice at a time, several callers, its end.
 #include <atomic>
 #include <thread>
 
@@ -9,6 +9,7 @@ namespace selfcheck {
 namespace {
 
 constexpr int kRuns = 300;
+constexpr int kPools = 20000;
 
 mla::sys::ThreadPoolOptions with_threads(int n_threads) {
   mla::sys::ThreadPoolOptions options;
@@ -48,6 +49,16 @@ bool callers_take_turns(mla::sys::ThreadPool& pool) {
   return total == 2 * kRuns * 21;
 }
 
+// Workers that are just starting, or just going to sleep, must not miss that their pool ends.
+void pools_end() {
+  for (int i = 0; i < kPools; ++i) {
+    mla::sys::ThreadPoolOptions options = with_threads(2 + i % 3);
+    options.spin_us = i % 2 ? 0 : 20;
+    mla::sys::ThreadPool pool(options);
+    if (i % 4 == 0) pool.parallel_for(8, [](int64_t, int) {});
+  }
+}
+
 }  // namespace
 
 void check_pool(Report& report) {
@@ -64,6 +75,8 @@ void check_pool(Report& report) {
     report.truth("pool", "thread numbers are exclusive" + with, exclusive);
     report.truth("pool", "callers take turns" + with, callers_take_turns(pool));
   }
+  pools_end();
+  report.truth("pool", "pools end", true);
 }
 
 }  // namespace selfcheck
