@@ -12,6 +12,7 @@
 #include <thread>
 
 #include "base/error.h"
+#include "sys/core_sharing.h"
 #include "sys/topology.h"
 
 namespace mla::sys {
@@ -22,6 +23,10 @@ namespace {
 constexpr int kCountBits = 22;
 constexpr int64_t kMaxChunks = (int64_t{1} << kCountBits) - 1;
 constexpr uint64_t kCountMask = (uint64_t{1} << kCountBits) - 1;
+
+// About 0.1 ms of looking whether the others are done, which is longer than most chunks. Who takes
+// longer has lost its core; asleep, the caller leaves its own one to whoever needs it.
+constexpr int kCallerSpins = 4096;
 
 struct Ticket {
   uint64_t word;
@@ -57,6 +62,7 @@ struct ThreadPool::State {
   std::vector<int> cpus;
   int n_threads = 1;
   int spin_us = 0;
+  bool may_move = false;  // workers go where the caller is not
   pid_t owner = 0;
   std::mutex callers;
   std::vector<std::thread> workers;
@@ -66,30 +72,42 @@ struct ThreadPool::State {
   alignas(64) std::atomic<uint32_t> wake{0};  // bumped with each run: sleepers wait for a change
   std::atomic<int> sleepers{0};
   std::atomic<bool> stop{false};
+  alignas(64) std::atomic<uint32_t> caller_sleeps{0};
+  std::atomic<int> caller_cpu{-1};  // where the caller was when the run began
   Entry entry = nullptr;
   const void* body = nullptr;
   int64_t first_chunk = 0;  // the ticket counts from here
 
-  bool work(int thread);
+  bool work(int thread, CoreSharing* sharing);
   void loop(int thread);
   void start();
   void finish();
   void run_section(int64_t first, int64_t n_chunks);
+  void wait_for(int64_t n_chunks);
 };
 
 // Claims and runs chunks until the current run has none left. True if it ran any.
-bool ThreadPool::State::work(int thread) {
+bool ThreadPool::State::work(int thread, CoreSharing* sharing) {
   bool any = false;
   uint64_t word = ticket.load(std::memory_order_acquire);
   while (true) {
-    const Ticket now{word};
+    Ticket now{word};
     if (now.next() >= now.count()) return any;
+    if (sharing != nullptr) {
+      sharing->between_chunks(caller_cpu.load(std::memory_order_relaxed));
+      word = ticket.load(std::memory_order_acquire);
+      now.word = word;
+      if (now.next() >= now.count()) return any;
+    }
     if (!ticket.compare_exchange_weak(word, word + 1, std::memory_order_acq_rel,
                                       std::memory_order_acquire)) {
       continue;
     }
     entry(body, first_chunk + now.next(), thread);
-    done.fetch_add(1, std::memory_order_acq_rel);
+    const int64_t n_done = done.fetch_add(1, std::memory_order_seq_cst) + 1;
+    if (n_done == now.count() && caller_sleeps.exchange(0, std::memory_order_seq_cst) != 0) {
+      caller_sleeps.notify_one();
+    }
     any = true;
     word = ticket.load(std::memory_order_acquire);
   }
@@ -97,11 +115,12 @@ bool ThreadPool::State::work(int thread) {
 
 void ThreadPool::State::loop(int thread) {
   if (!cpus.empty()) pin_this_thread(cpus[static_cast<size_t>(thread) % cpus.size()]);
+  CoreSharing sharing(may_move);
   while (true) {
     // Before `stop`, which is set before the last bump: whoever has seen that bump also sees it.
     const uint32_t seen = wake.load(std::memory_order_acquire);
     if (stop.load(std::memory_order_acquire)) return;
-    if (work(thread)) continue;
+    if (work(thread, &sharing)) continue;
     const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(spin_us);
     bool woken = false;
     while (!woken && std::chrono::steady_clock::now() < until) {
@@ -117,6 +136,7 @@ void ThreadPool::State::loop(int thread) {
 
 void ThreadPool::State::start() {
   owner = getpid();
+  may_move = cpus.empty() && static_cast<size_t>(n_threads) <= usable_cpus().size();
   try {
     for (int i = 1; i < n_threads; ++i) workers.emplace_back([this, i] { loop(i); });
   } catch (const std::system_error& e) {
@@ -194,14 +214,25 @@ void ThreadPool::State::run_section(int64_t first, int64_t n_chunks) {
   done.store(0, std::memory_order_relaxed);
   const Ticket last{ticket.load(std::memory_order_relaxed)};
   ticket.store(Ticket::start(last.epoch() + 1, n_chunks), std::memory_order_release);
+  caller_cpu.store(sched_getcpu(), std::memory_order_relaxed);
   wake.fetch_add(1, std::memory_order_seq_cst);
   if (sleepers.load(std::memory_order_seq_cst) > 0) wake.notify_all();
-  work(0);
-  // The rest is in the hands of workers that are at it now; yield if one has lost its core.
-  for (int64_t spins = 0; done.load(std::memory_order_acquire) < n_chunks; ++spins) {
+  work(0, nullptr);
+  wait_for(n_chunks);
+}
+
+// The rest is in the hands of workers that are at it now.
+void ThreadPool::State::wait_for(int64_t n_chunks) {
+  for (int i = 0; i < kCallerSpins; ++i) {
+    if (done.load(std::memory_order_acquire) >= n_chunks) return;
     relax();
-    if (spins > 4096) std::this_thread::yield();
   }
+  while (true) {
+    caller_sleeps.store(1, std::memory_order_seq_cst);
+    if (done.load(std::memory_order_seq_cst) >= n_chunks) break;
+    caller_sleeps.wait(1, std::memory_order_seq_cst);
+  }
+  caller_sleeps.store(0, std::memory_order_relaxed);
 }
 
 RowSplit split_rows(int64_t n_rows, int n_threads, int64_t granule, int64_t min_rows) {

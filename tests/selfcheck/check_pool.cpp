@@ -1,9 +1,14 @@
-// The thread pool: every chunk once, no thread number twice at a time, several callers, its end.
+// The thread pool: every chunk once, no thread number twice at a time, several callers, its end;
+// and whether its workers leave the core of their caller.
+#include <sched.h>
+
 #include <atomic>
 #include <thread>
 
 #include "check.h"
+#include "sys/core_sharing.h"
 #include "sys/thread_pool.h"
+#include "sys/topology.h"
 
 namespace selfcheck {
 namespace {
@@ -59,6 +64,25 @@ void pools_end() {
   }
 }
 
+// A thread that says it is on the CPU of its caller is not allowed there afterwards, as long as it
+// may run elsewhere.
+bool worker_leaves_its_caller() {
+  const std::vector<int> before = mla::sys::usable_cpus();
+  bool left = false;
+  std::thread worker([&] {
+    mla::sys::CoreSharing sharing(true);
+    for (int i = 0; i < kRuns && !left; ++i) {  // it may be moved between two looks
+      const int cpu = sched_getcpu();
+      sharing.between_chunks(cpu);
+      std::vector<int> others = before;
+      std::erase(others, cpu);
+      left = mla::sys::usable_cpus() == (others.empty() ? before : others);
+    }
+  });
+  worker.join();
+  return left && mla::sys::usable_cpus() == before;
+}
+
 }  // namespace
 
 void check_pool(Report& report) {
@@ -75,6 +99,7 @@ void check_pool(Report& report) {
     report.truth("pool", "thread numbers are exclusive" + with, exclusive);
     report.truth("pool", "callers take turns" + with, callers_take_turns(pool));
   }
+  report.truth("pool", "a worker leaves its caller's core", worker_leaves_its_caller());
   pools_end();
   report.truth("pool", "pools end", true);
 }
