@@ -12,4 +12,5 @@ PYBIND11_MODULE(_core, m) {
   mla::bindings::register_cache(m);
   mla::bindings::register_quant(m);
   mla::bindings::register_memory(m);
+  mla::bindings::register_numa(m);
 }

@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import typing
 import typing_extensions
-__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'DeviceMemory', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Uploaded', 'Workspace', 'available_isas', 'available_memory_bytes', 'compiled_isas', 'copy_cells', 'dequantize', 'formats', 'is_network_fs', 'quantize', 'requantize', 'rotate_rope', 'usable_cpus', 'usable_physical_cores']
+__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'DeviceMemory', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'NodeMemory', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Uploaded', 'Workspace', 'available_isas', 'available_memory_bytes', 'compiled_isas', 'copy_cells', 'dequantize', 'formats', 'is_network_fs', 'move_strays', 'page_bytes', 'pages_by_node', 'quantize', 'requantize', 'rotate_rope', 'split_rows_over_nodes', 'usable_cpus', 'usable_physical_cores']
 class Tensor:
     """
     A strided view over the memory of a buffer, which it keeps alive.
@@ -285,6 +285,27 @@ class LoadedFile:
     @property
     def size(self) -> int:
         ...
+class NodeMemory:
+    """
+    Anonymous memory on NUMA nodes, zero until written; a writable buffer of uint8 [n_bytes].
+    """
+    def __buffer__(self, flags: int, /) -> memoryview:
+        ...
+    def __init__(self, n_bytes: typing.SupportsInt | typing.SupportsIndex, nodes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], policy: str = 'bind', huge_pages: bool = True) -> None:
+        """
+        policy: bind (these nodes alone), prefer (while they have room) or interleave. No nodes: where it is first touched. Raises MemoryLimitError, DeviceError.
+        """
+    @property
+    def bound(self) -> bool:
+        ...
+    @property
+    def n_bytes(self) -> int:
+        ...
+    @property
+    def note(self) -> str:
+        """
+        Why it is not bound, where it is not: one sentence, or "".
+        """
 def available_isas() -> list[str]:
     """
     Those that this CPU has, best first.
@@ -313,6 +334,18 @@ def is_network_fs(path: str) -> bool:
     """
     Whether the file system fetches pages over a network or from a user process.
     """
+def move_strays(memory: typing_extensions.Buffer, nodes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], offset: typing.SupportsInt | typing.SupportsIndex = 0, n_bytes: typing.SupportsInt | typing.SupportsIndex = -1) -> int:
+    """
+    Moves pages that lie elsewhere to `nodes`; returns how many. Raises DeviceError.
+    """
+def page_bytes() -> int:
+    """
+    Bytes of a page.
+    """
+def pages_by_node(memory: typing_extensions.Buffer, offset: typing.SupportsInt | typing.SupportsIndex = 0, n_bytes: typing.SupportsInt | typing.SupportsIndex = -1, step_bytes: typing.SupportsInt | typing.SupportsIndex = 0) -> dict[int, int]:
+    """
+    How many of the buffer's pages lie on each node, {node: pages}; node -1: not there yet. Looks at one address every step_bytes (0: every page). Raises DeviceError.
+    """
 def quantize(x: numpy.typing.NDArray[numpy.float32], format: str, importance: numpy.typing.NDArray[numpy.float32] | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.typing.NDArray[numpy.uint8]:
     """
     float32 [rows, k], C-contiguous -> uint8 [rows, row_bytes], the same bytes on every machine. importance: float32 [k], how much the squared error of each column counts. 0 threads: one per core. Raises FormatError for numbers that the format cannot hold and for importance that is negative or not finite, ShapeError where k is no multiple of the block.
@@ -324,6 +357,10 @@ def requantize(data: numpy.typing.NDArray[numpy.uint8], source: str, k: typing.S
 def rotate_rope(backend: CpuBackend, plane: Tensor, cells: typing.Annotated[numpy.typing.ArrayLike, numpy.int32], frequencies: typing.Annotated[numpy.typing.ArrayLike, numpy.float32], delta: typing.SupportsInt | typing.SupportsIndex) -> None:
     """
     Turn the rows `cells` of a plane [cells, R] by `delta` positions, in place.
+    """
+def split_rows_over_nodes(n_rows: typing.SupportsInt | typing.SupportsIndex, weights: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], granule: typing.SupportsInt | typing.SupportsIndex = 1) -> list[int]:
+    """
+    Where each node's rows begin, and n_rows at the end: in proportion to the weights, at multiples of granule. Raises ShapeError.
     """
 def usable_cpus() -> list[int]:
     """
