@@ -13,4 +13,5 @@ PYBIND11_MODULE(_core, m) {
   mla::bindings::register_quant(m);
   mla::bindings::register_memory(m);
   mla::bindings::register_numa(m);
+  mla::bindings::register_topology(m);
 }

@@ -14,5 +14,6 @@ void register_backends(pybind11::module_& m);
 void register_quant(pybind11::module_& m);
 void register_memory(pybind11::module_& m);
 void register_numa(pybind11::module_& m);
+void register_topology(pybind11::module_& m);
 
 }  // namespace mla::bindings

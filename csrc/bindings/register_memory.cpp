@@ -6,7 +6,6 @@
 #include "bindings/register.h"
 #include "sys/mapped_file.h"
 #include "sys/memory.h"
-#include "sys/topology.h"
 
 namespace py = pybind11;
 
@@ -73,9 +72,6 @@ void register_memory(py::module_& m) {
         "limits. root stands before /proc and /sys.");
   m.def("is_network_fs", &sys::is_network_fs, py::arg("path"),
         "Whether the file system fetches pages over a network or from a user process.");
-  m.def("usable_cpus", &sys::usable_cpus, "Logical CPUs in the affinity mask, ascending.");
-  m.def("usable_physical_cores", &sys::usable_physical_cores, py::arg("root") = "",
-        "Physical cores in the affinity mask, no more than the cgroup's CPU quota.");
 }
 
 }  // namespace mla::bindings

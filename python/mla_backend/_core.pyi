@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import typing
 import typing_extensions
-__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'DeviceMemory', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'NodeMemory', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Uploaded', 'Workspace', 'available_isas', 'available_memory_bytes', 'compiled_isas', 'copy_cells', 'dequantize', 'formats', 'is_network_fs', 'move_strays', 'page_bytes', 'pages_by_node', 'quantize', 'requantize', 'rotate_rope', 'split_rows_over_nodes', 'usable_cpus', 'usable_physical_cores']
+__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'CpuPlace', 'DeviceMemory', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'NodeMemory', 'NumaNode', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Topology', 'Uploaded', 'Workspace', 'available_isas', 'available_memory_bytes', 'compiled_isas', 'copy_cells', 'dequantize', 'formats', 'is_network_fs', 'move_strays', 'page_bytes', 'pages_by_node', 'quantize', 'read_topology', 'requantize', 'rotate_rope', 'split_rows_over_nodes', 'usable_cpus', 'usable_physical_cores']
 class Tensor:
     """
     A strided view over the memory of a buffer, which it keeps alive.
@@ -306,6 +306,75 @@ class NodeMemory:
         """
         Why it is not bound, where it is not: one sentence, or "".
         """
+class CpuPlace:
+    """
+    Where a logical CPU is; -1: the kernel does not tell.
+    """
+    @property
+    def core(self) -> int:
+        """
+        The lowest CPU of its hardware threads.
+        """
+    @property
+    def cpu(self) -> int:
+        ...
+    @property
+    def l3(self) -> int:
+        """
+        The lowest CPU of those that share its L3 cache.
+        """
+    @property
+    def package(self) -> int:
+        ...
+class NumaNode:
+    """
+    Memory, and the CPUs next to it.
+    """
+    @property
+    def cpus(self) -> list[CpuPlace]:
+        """
+        Those that are online.
+        """
+    @property
+    def distance(self) -> list[int]:
+        """
+        To each node, in their order; empty where it is unknown.
+        """
+    @property
+    def free_bytes(self) -> int:
+        """
+        Page cache counts as free.
+        """
+    @property
+    def id(self) -> int:
+        ...
+    @property
+    def may_allocate(self) -> bool:
+        """
+        It has memory, which the cpuset and a binding policy let this process take.
+        """
+    @property
+    def total_bytes(self) -> int:
+        ...
+    @property
+    def usable(self) -> list[int]:
+        """
+        CPUs of the affinity mask, ascending.
+        """
+class Topology:
+    """
+    Nodes, and what was asked of this thread's memory.
+    """
+    @property
+    def nodes(self) -> list[NumaNode]:
+        """
+        Ascending; empty: the kernel shows none.
+        """
+    @property
+    def policy(self) -> tuple[str, list[int]]:
+        """
+        (mode, nodes) of set_mempolicy(2); "unknown" where it is refused.
+        """
 def available_isas() -> list[str]:
     """
     Those that this CPU has, best first.
@@ -349,6 +418,10 @@ def pages_by_node(memory: typing_extensions.Buffer, offset: typing.SupportsInt |
 def quantize(x: numpy.typing.NDArray[numpy.float32], format: str, importance: numpy.typing.NDArray[numpy.float32] | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.typing.NDArray[numpy.uint8]:
     """
     float32 [rows, k], C-contiguous -> uint8 [rows, row_bytes], the same bytes on every machine. importance: float32 [k], how much the squared error of each column counts. 0 threads: one per core. Raises FormatError for numbers that the format cannot hold and for importance that is negative or not finite, ShapeError where k is no multiple of the block.
+    """
+def read_topology(root: str = '', policy: tuple[str, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]] | None = None) -> Topology:
+    """
+    The nodes of this machine, and what of them the calling thread may use. root stands before /proc and /sys; policy stands for the thread's own.
     """
 def requantize(data: numpy.typing.NDArray[numpy.uint8], source: str, k: typing.SupportsInt | typing.SupportsIndex, target: str, importance: numpy.typing.NDArray[numpy.float32] | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.typing.NDArray[numpy.uint8]:
     """

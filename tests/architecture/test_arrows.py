@@ -91,6 +91,7 @@ LAYER = {
     "locks": "session",
     "logits_file": "model",
     "memory": "session",
+    "numa": "devices",
     "nvml": "model",
     "perplexity": "model",
     "placement": "session",
