@@ -12,13 +12,16 @@ static constexpr int64_t pad_floats(int64_t n) {
   return (n + kPadFloats - 1) / kPadFloats * kPadFloats;
 }
 
-// Query rows of one task: 32 rows of float32 queries (576 each) and outputs (512 each) are 139 KiB,
-// which with the tile below stays in a 512 KiB second-level cache, and the conversion of a cache
-// row to float32 is shared by 32 rows.
+// Query rows of one task in float32: 32 rows of queries (576 each) and outputs (512 each) are 139
+// KiB, which with the tile below stays in a 512 KiB second-level cache, and the conversion of a
+// cache row to float32 is shared by 32 rows.
 static constexpr int64_t kTileRows = 32;
+// The same in pairs of bf16: see kernels/attention_bf16.inc.h.
+static constexpr int64_t kPairTileRows = 64;
+static constexpr int64_t kMaxTileRows = 64;
 // Cells converted at a time in the latent: 32 * 576 floats are 72 KiB.
 static constexpr int64_t kTileCells = 32;
-// Cells of a panel of expanded keys, stored [dim][cell]: four of the widest vectors.
+// Cells of a panel, in bf16 and of expanded keys stored [dim][cell]: four of the widest vectors.
 static constexpr int64_t kPanelCells = 64;
 
 // One plane of the cache, [cells, n].
@@ -53,15 +56,17 @@ struct AbsorbedTile {
   CacheCells cells;
   int64_t begin, end;
   const float* q;          // [n_rows, pad(C) + pad(R)], pads are zero
-  int64_t n_rows;          // <= kTileRows
+  int64_t n_rows;          // <= the kernel's tile_rows
   const int64_t* visible;  // [n_rows]: row i attends to logical cells below visible[i]
   float scale;
   RunningRows rows;  // out [n_rows, pad(C)]
-  float* scratch;    // absorbed_scratch_floats(C, R)
+  void* scratch;     // the kernel's scratch_bytes, aligned to 64
 };
-static constexpr int64_t absorbed_scratch_floats(int64_t c, int64_t r) {
-  return kTileCells * (pad_floats(c) + pad_floats(r)) + kTileRows * kTileCells;
-}
+struct AbsorbedKernel {
+  void (*run)(const AbsorbedTile&) noexcept;
+  int64_t (*scratch_bytes)(int64_t c, int64_t r);
+  int64_t tile_rows;  // query rows of one task, at most kMaxTileRows
+};
 
 // Query rows of one head against a block of expanded keys and values.
 struct ExpandedTile {
@@ -111,7 +116,7 @@ struct AttentionTable {
   void (*transpose)(const float* in, int64_t in_row, int64_t m, int64_t n, float* out,
                     int64_t out_row) noexcept;
   void (*product)(const Product&) noexcept;
-  void (*absorbed)(const AbsorbedTile&) noexcept;
+  AbsorbedKernel absorbed[2];  // by Precision
   void (*expanded)(const ExpandedTile&) noexcept;
   // out [n] = the softmax-weighted values; out may be part 0 itself.
   void (*merge)(const MergeRow&, float* out) noexcept;

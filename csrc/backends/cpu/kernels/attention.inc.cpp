@@ -15,6 +15,9 @@
 // decode_row alone; kernels that multiply in 16 or 8 bits would be further entries of the table.
 #include "backends/cpu/kernels/attention_tiles.inc.h"
 #include "backends/cpu/simd/simd.h"
+#if defined(MLA_ISA_AVX512BF16)
+#include "backends/cpu/kernels/attention_bf16.inc.h"
+#endif
 
 namespace mla::cpu::MLA_ISA {
 namespace {
@@ -30,16 +33,11 @@ inline void decode_16(const std::byte* in, int64_t n, float* out) {
 
 inline void decode_q8_0(const std::byte* in, int64_t n, float* out) {
   constexpr int kBlock = 32;  // a half scale, then as many signed bytes
-  typedef int8_t I8 __attribute__((vector_size(kLanes)));
   for (int64_t i = 0; i < n; i += kBlock, in += sizeof(uint16_t) + kBlock) {
-    uint16_t bits;
-    std::memcpy(&bits, in, sizeof bits);
-    const F32 scale = set1(half_to_float(bits));
-#pragma GCC unroll 8
-    for (int j = 0; j < kBlock; j += kLanes) {
-      I8 code;
-      std::memcpy(&code, in + sizeof bits + j, sizeof code);
-      store(out + i + j, __builtin_convertvector(code, F32) * scale);
+    const float scale = f16_to_f32(load_as<uint16_t>(in));
+    for (int j = 0; j < kBlock; j += 16) {
+      const U8x16 codes = load_as<U8x16>(in + sizeof(uint16_t) + j);
+      store_f32x16(out + i + j, scale * widen_s8(codes));
     }
   }
 }
@@ -143,10 +141,15 @@ inline void softmax_rows(float* scores, int64_t width, int64_t n_rows, int64_t f
 }
 
 // ---- the tasks ----------------------------------------------------------------------------------
+int64_t absorbed_scratch_bytes(int64_t c, int64_t r) {
+  const int64_t cells = kTileCells * (pad_floats(c) + pad_floats(r));
+  return (cells + kTileRows * kTileCells) * int64_t{sizeof(float)};
+}
+
 void absorbed(const AbsorbedTile& t) noexcept {
   const int64_t latent_row = pad_floats(t.cells.latent.n);
   const int64_t row = latent_row + pad_floats(t.cells.rope.n);
-  float* tile = t.scratch;
+  auto* tile = static_cast<float*>(t.scratch);
   float* scores = tile + kTileCells * row;
   float kept[kTileRows];
   for (int64_t cell = t.begin; cell < t.end; cell += kTileCells) {
@@ -208,9 +211,18 @@ void merge(const MergeRow& row, float* out) noexcept {
   }
 }
 
+constexpr AbsorbedKernel kAbsorbed = {absorbed, absorbed_scratch_bytes, kTileRows};
+#if defined(MLA_ISA_AVX512BF16)
+constexpr AbsorbedKernel kAbsorbedFast = {absorbed_pairs, absorbed_pairs_scratch_bytes,
+                                          kPairTileRows};
+#else
+constexpr AbsorbedKernel kAbsorbedFast = kAbsorbed;
+#endif
+
 }  // namespace
 
 extern const AttentionTable attention_table;
-const AttentionTable attention_table = {load_cells, transpose, product, absorbed, expanded, merge};
+const AttentionTable attention_table = {load_cells, transpose, product, {kAbsorbedFast, kAbsorbed},
+                                        expanded,   merge};
 
 }  // namespace mla::cpu::MLA_ISA

@@ -2,7 +2,7 @@
 //
 // Tokens go through in rounds of bounded scratch; a round has three parallel passes:
 //   1. queries  [tokens, H, pad(C) + pad(R)] = (q_nope k_b, q_rope)
-//   2. partial results of every group of kTileRows query rows over every run (split) of its cells
+//   2. partial results of every tile of query rows over every run (split) of its cells
 //   3. splits merged by log-sum-exp, then multiplied with v_b
 // Scratch: kRoundRows query rows and kPartRows partial rows, where a single token's do not exceed
 // that, so 9.4 + 16.9 MB for C = 512, R = 64, at any context length.
@@ -27,12 +27,12 @@ constexpr double kSliceFlop = 1e10;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How a span's cells are cut. Depends on the span alone: not on threads, nor on its neighbours.
-int64_t max_splits(int64_t n_tokens, int64_t heads) {
-  return ceil_div(kSpanTasks, std::max<int64_t>(ceil_div(n_tokens * heads, kTileRows), 1));
+int64_t max_splits(const AttentionShape& s, int64_t n_tokens) {
+  return ceil_div(kSpanTasks, std::max<int64_t>(ceil_div(n_tokens * s.h, s.absorbed.tile_rows), 1));
 }
-int64_t split_cells(const Span& span, int64_t heads) {
-  const int64_t cells = ceil_div(span.n_cells, max_splits(span.n_tokens, heads));
-  return std::max(kMinSplitCells, ceil_div(cells, kTileCells) * kTileCells);
+int64_t split_cells(const AttentionShape& s, const Span& span) {
+  const int64_t cells = ceil_div(span.n_cells, max_splits(s, span.n_tokens));
+  return std::max(kMinSplitCells, ceil_div(cells, kPanelCells) * kPanelCells);
 }
 
 // Consecutive tokens of one span that are in the current round.
@@ -46,7 +46,9 @@ struct Piece {
   int64_t first_task;
 
   int64_t n_rows(int64_t heads) const { return n_tokens * heads; }
-  int64_t n_tasks(int64_t heads) const { return n_splits * ceil_div(n_rows(heads), kTileRows); }
+  int64_t n_groups(const AttentionShape& s) const {
+    return ceil_div(n_rows(s.h), s.absorbed.tile_rows);
+  }
 };
 
 struct Round {
@@ -62,7 +64,7 @@ struct Round {
 };
 
 int64_t thread_bytes(const AttentionShape& s) {
-  const int64_t attend = absorbed_scratch_floats(s.c, s.r) * int64_t{sizeof(float)};
+  const int64_t attend = s.absorbed.scratch_bytes(s.c, s.r);
   const int64_t query = kProductRows * s.q_latent.packed_bytes;
   const int64_t value = kProductRows * s.value.packed_bytes + s.cp * int64_t{sizeof(float)};
   return ceil_div(std::max({attend, query, value}), 64) * 64;
@@ -72,7 +74,7 @@ Round carve(const AttentionShape& s, Carver& carver) {
   Round round;
   round.max_tokens =
       std::clamp<int64_t>(kRoundRows / std::max<int64_t>(s.h, 1), 1, std::max<int64_t>(s.t, 1));
-  const int64_t token_rows = s.h * max_splits(1, s.h);  // no span needs more per token
+  const int64_t token_rows = s.h * max_splits(s, 1);  // no span needs more per token
   round.max_part_rows = std::max(token_rows, std::min(s.t * token_rows, kPartRows));
   round.thread_bytes = thread_bytes(s);
   round.pieces = carver.take<Piece>(round.max_tokens);
@@ -115,14 +117,14 @@ void attend(const AttentionCall& call, const Round& round, int64_t task, int thr
       1;
   // Splits outermost: tasks in flight together read the same cells.
   const int64_t n_rows = piece->n_rows(s.h);
-  const int64_t n_groups = ceil_div(n_rows, kTileRows);
+  const int64_t n_groups = piece->n_groups(s);
   const int64_t split = (task - piece->first_task) / n_groups;
-  const int64_t first_row = (task - piece->first_task) % n_groups * kTileRows;
+  const int64_t first_row = (task - piece->first_task) % n_groups * s.absorbed.tile_rows;
 
   AbsorbedTile tile;
   tile.cells = call.cells(piece->span);
-  tile.n_rows = std::min(kTileRows, n_rows - first_row);
-  int64_t visible[kTileRows];
+  tile.n_rows = std::min(s.absorbed.tile_rows, n_rows - first_row);
+  int64_t visible[kMaxTileRows];
   for (int64_t i = 0; i < tile.n_rows; ++i) {
     const int64_t token = piece->begin + (first_row + i) / s.h;
     visible[i] = piece->span.n_cells - piece->span.n_tokens + 1 + token;
@@ -135,12 +137,12 @@ void attend(const AttentionCall& call, const Round& round, int64_t task, int thr
   const int64_t part_row = piece->part_row + split * n_rows + first_row;
   tile.rows = {round.part + part_row * s.cp, s.cp, round.part_max + part_row,
                round.part_sum + part_row};
-  tile.scratch = reinterpret_cast<float*>(round.threads + thread * round.thread_bytes);
+  tile.scratch = round.threads + thread * round.thread_bytes;
   std::fill_n(tile.rows.max, tile.n_rows, -std::numeric_limits<float>::infinity());
   std::fill_n(tile.rows.sum, tile.n_rows, 0.0f);
   if (tile.begin >= tile.end) return;  // all of it is later than these tokens
   std::fill_n(tile.rows.out, tile.n_rows * s.cp, 0.0f);
-  call.run.kernels.attention->absorbed(tile);
+  s.absorbed.run(tile);
 }
 
 // Pass 2, with a look at the checkpoint every now and then.
@@ -151,7 +153,7 @@ void attend_all(const AttentionCall& call, const Round& round) {
     longest = std::max(
         longest, std::min<int64_t>(round.pieces[i].split_cells, round.pieces[i].span.n_cells));
   }
-  const double task_flop = 2.0 * double(longest) * kTileRows * double(2 * s.c + s.r + 1);
+  const double task_flop = 2.0 * double(longest * s.absorbed.tile_rows) * double(2 * s.c + s.r + 1);
   const auto per_thread = std::max<int64_t>(int64_t(kSliceFlop / task_flop), 4);
   const int64_t slice = per_thread * call.n_threads();
   for (int64_t first = 0; first < round.n_tasks; first += slice) {
@@ -214,7 +216,7 @@ int64_t add_piece(const AttentionShape& s, Round& round, const Span& span, int64
   Piece piece;
   piece.span = span;
   piece.begin = begin;
-  piece.split_cells = split_cells(span, s.h);
+  piece.split_cells = split_cells(s, span);
   piece.n_splits = ceil_div(span.n_cells, piece.split_cells);
   piece.n_tokens = std::min({span.n_tokens - begin, round.max_tokens - round.n_tokens,
                              (round.max_part_rows - round.n_part_rows) / (s.h * piece.n_splits)});
@@ -226,7 +228,7 @@ int64_t add_piece(const AttentionShape& s, Round& round, const Span& span, int64
   round.pieces[round.n_pieces++] = piece;
   round.n_tokens += piece.n_tokens;
   round.n_part_rows += piece.n_rows(s.h) * piece.n_splits;
-  round.n_tasks += piece.n_tasks(s.h);
+  round.n_tasks += piece.n_splits * piece.n_groups(s);
   return piece.n_tokens;
 }
 

@@ -38,6 +38,7 @@ struct AttentionShape {
   int64_t cp, rp, np, vp;  // padded to whole vectors
   HeadProduct q_latent;    // q_nope [N] -> latent [C], by k_b
   HeadProduct value;       // latent [C] -> value [V], by v_b
+  AbsorbedKernel absorbed;
   int n_threads;
 };
 AttentionShape attention_shape(const Node& node, const KernelTable& kernels, int n_threads);

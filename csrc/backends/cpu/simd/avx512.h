@@ -73,6 +73,37 @@ inline F32 dot_bf16(F32 acc, const uint16_t* w, const uint16_t* x) {
   return (F32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w),
                                (__m512bh)_mm512_loadu_si512(x));
 }
+
+// ---- pairs of bf16: see simd.h ------------------------------------------------------------------
+MLA_INLINE F32 dot_pairs(F32 acc, I32 w, I32 x) {
+  return (F32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
+}
+MLA_INLINE I32 join_pairs(F32 low, F32 high) {
+  return (I32)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+MLA_INLINE I32 zip_pairs(F32 even, F32 odd) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (I32)_mm512_permutexvar_epi16(order, (__m512i)join_pairs(even, odd));
+}
+MLA_INLINE void zip_words(I32 even, I32 odd, I32* low, I32* high) {
+  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
+                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  *low = (I32)_mm512_permutex2var_epi16((__m512i)even, first, (__m512i)odd);
+  *high = (I32)_mm512_permutex2var_epi16((__m512i)even, second, (__m512i)odd);
+}
+// x = n + r with n = floor(x), and 2^r by the polynomial of degree 4 whose largest relative error
+// on [0, 1) is least among those that are 1 at 0.
+MLA_INLINE F32 exp2_near(F32 x) {
+  const F32 r = (F32)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  F32 p = set1(0.0134267015f);
+  p = p * r + set1(0.0522424467f);
+  p = p * r + set1(0.241280213f);
+  p = p * r + set1(0.693044841f);
+  p = p * r + set1(1.0f);
+  return (F32)_mm512_scalef_ps((__m512)p, (__m512)x);
+}
 #else
 inline constexpr bool kHasBf16Dot = false;
 #endif

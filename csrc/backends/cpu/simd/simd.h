@@ -17,7 +17,13 @@
 //   F32x16 widen_u8, widen_s8(U8x16), widen_f16(U16x16)
 //   U8x32 concat(U8x16 low, U8x16 high)
 //   U8x32 lookup16(table of 16, index), bits_to_bytes(bits, value): value where the bit is set
-//   F32 dot_bf16(acc, w, x)           2 kLanes bf16 products; only if kHasBf16Dot
+// Only if kHasBf16Dot, where a lane of I32 holds a pair of bf16, the first in its low half:
+//   F32 dot_bf16(acc, w, x)           2 kLanes bf16 products
+//   F32 dot_pairs(acc, I32 w, I32 x)  the same in registers: a lane adds its two products
+//   I32 join_pairs(low, high)         2 kLanes floats, rounded, in their order
+//   I32 zip_pairs(even, odd)          lane l: even[l] and odd[l], rounded
+//   zip_words(even, odd, &low, &high) 2 kLanes words each: word i of both becomes pair i
+//   F32 exp2_near(x)                  2^x within 3e-6 of it, exact at 0; 0 at -inf, NaN stays NaN
 #pragma once
 
 #include <bit>

@@ -1,0 +1,437 @@
+// Attention in pairs of bf16, summed in float32: the tile that both modes share, for
+// attention.inc.cpp alone and for ISAs with kHasBf16Dot.
+//
+//   panel    kPanelCells cells. Keys [chunk][cell][kLanes] pairs of columns, a chunk being the
+//            2 kLanes columns of one register; values [column / 64][cell / 2][64] pairs of cells.
+//   queries  [group][pair of columns][row]; kLanes rows of queries are a group, one row a lane
+//   scores   [group][cell][row] = sum over pairs of (pair of a cell, broadcast) . (pairs of rows)
+//   weights  [group][cell / 2][row] pairs of cells: e^(score - max), rounded
+//   out      [row][column] = out kept + sum over pairs of (weight, broadcast) . (pairs of columns)
+//
+// With rows in the lanes a cell's keys are used as they lie, the softmax has no sum across lanes
+// and its weights come out as the operand that the second product broadcasts. A panel of 512 + 64
+// columns is 72 + 64 KiB: it and 64 rows of queries (72 KiB) and outputs (128 KiB) fit a
+// second-level cache of 512 KiB. A pair of columns of all cells of a block, as well as 64 columns
+// of the values (8 KiB), lie within the first-level cache at distances the instructions hold.
+//
+// Error: queries, keys, weights and values are rounded to 8 bits of mantissa: 2^-9 of each.
+#pragma once
+
+#include "backends/cpu/attention_kernels.h"
+#include "backends/cpu/simd/simd.h"
+
+namespace mla::cpu::MLA_ISA {
+namespace {
+
+typedef uint32_t Pair;
+
+constexpr int64_t kChunk = 2 * kLanes;  // columns of a register of pairs
+constexpr int64_t kOutColumns = 64;     // columns of a block of values
+constexpr int64_t kPanelPairs = kPanelCells / 2;
+constexpr int64_t kPairGroups = kPairTileRows / kLanes;
+// Sums in registers: 16 of 32, which keeps the unit busy (a product a cycle, 6 cycles until its sum
+// may take the next) and loads at 8 to 17 per 16 products.
+constexpr int kSums = 16;
+constexpr int kOutVectors = kOutColumns / kLanes;
+constexpr int kOutRows = kSums / kOutVectors;
+static_assert(kOutColumns == 2 * kChunk);
+
+constexpr int64_t n_chunks(int64_t n) { return (n + kChunk - 1) / kChunk; }
+constexpr int64_t key_panel_pairs(int64_t n) { return n_chunks(n) * kPanelCells * kLanes; }
+constexpr int64_t value_panel_pairs(int64_t n) {
+  return (n + kOutColumns - 1) / kOutColumns * kPanelPairs * kOutColumns;
+}
+constexpr int64_t query_pairs(int64_t n_chunks) { return n_chunks * kLanes * kPairTileRows; }
+
+inline I32 load_pairs(const Pair* p) { return load_as<I32>(p); }
+inline void store_pairs(Pair* p, I32 v) { std::memcpy(p, &v, sizeof v); }
+inline I32 broadcast(const Pair* p) { return static_cast<int32_t>(*p) - I32{}; }
+
+// ---- queries ------------------------------------------------------------------------------------
+// Up to kLanes rows of n float32 (a multiple of kLanes) -> [chunks of n][kLanes pairs][kLanes
+// rows].
+void pack_lanes(const float* rows, int64_t row_floats, int64_t n_rows, int64_t n, Pair* out) {
+  for (int64_t j = 0; j < n; j += kChunk) {
+    F32 v[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const float* row = rows + i * row_floats + j;
+      v[i] = i >= n_rows ? zero()
+                         : (F32)join_pairs(load(row), j + kLanes < n ? load(row + kLanes) : zero());
+    }
+    transpose_square(v);
+    for (int64_t i = 0; i < kLanes; ++i) store_pairs(out + (j / 2 + i) * kLanes, (I32)v[i]);
+  }
+}
+
+// ---- cells --------------------------------------------------------------------------------------
+constexpr int64_t chunk_bytes(Format format) {
+  return format == Format::Q8_0 ? int64_t{sizeof(uint16_t)} + kChunk
+                                : kChunk * (format == Format::F32 ? 4 : 2);
+}
+// One chunk of a cell's row, rounded to bf16.
+template <Format format>
+inline I32 load_chunk(const std::byte* row, int64_t chunk) {
+  if constexpr (format == Format::Q8_0) {
+    const std::byte* block = row + chunk * chunk_bytes(format);
+    const float scale = f16_to_f32(load_as<uint16_t>(block));
+    const F32x16 low = scale * widen_s8(load_as<U8x16>(block + sizeof(uint16_t)));
+    const F32x16 high = scale * widen_s8(load_as<U8x16>(block + sizeof(uint16_t) + kLanes));
+    return join_pairs(low.v[0], high.v[0]);
+  } else if constexpr (format == Format::F32) {
+    const float* x = reinterpret_cast<const float*>(row) + chunk * kChunk;
+    return join_pairs(load(x), load(x + kLanes));
+  } else {
+    const uint16_t* x = reinterpret_cast<const uint16_t*>(row) + chunk * kChunk;
+    if constexpr (format == Format::BF16) return load_as<I32>(x);
+    return join_pairs(load_f16(x), load_f16(x + kLanes));
+  }
+}
+
+// Where the rows of a panel's cells come from and go. values may be null.
+struct PanelPlane {
+  const std::byte* const* rows;  // [n_cells], rounded up to an even number
+  int64_t n_cells, n;
+  Pair* keys;
+  Pair* values;
+};
+
+// The chunk of a row that ends within it: the rest is zeros.
+template <Format format>
+inline I32 load_last_chunk(const std::byte* row, int64_t chunk, int64_t n) {
+  std::byte whole[chunk_bytes(format)] = {};  // Q8_0 has whole chunks only
+  const auto n_bytes = static_cast<size_t>((n % kChunk) * chunk_bytes(format) / kChunk);
+  std::memcpy(whole, row + chunk * chunk_bytes(format), n_bytes);
+  return load_chunk<format>(whole, 0);
+}
+
+// Chunk by chunk, so that what is stored lies side by side: rows of keys are 4 KiB apart.
+template <Format format>
+void fill_panel(const PanelPlane& p) {
+  for (int64_t chunk = 0; chunk < n_chunks(p.n); ++chunk) {
+    const bool whole = (chunk + 1) * kChunk <= p.n;
+    Pair* keys = p.keys + chunk * kPanelCells * kLanes;
+    const int64_t column = chunk * kChunk;
+    Pair* values =
+        p.values + column / kOutColumns * kPanelPairs * kOutColumns + column % kOutColumns;
+    for (int64_t cell = 0; cell < p.n_cells; cell += 2, keys += kChunk, values += kOutColumns) {
+      const std::byte* a = p.rows[cell];
+      const std::byte* b = p.rows[cell + 1];
+      const I32 even =
+          whole ? load_chunk<format>(a, chunk) : load_last_chunk<format>(a, chunk, p.n);
+      const I32 odd = whole ? load_chunk<format>(b, chunk) : load_last_chunk<format>(b, chunk, p.n);
+      store_pairs(keys, even);
+      store_pairs(keys + kLanes, odd);
+      if (p.values == nullptr) continue;
+      I32 low, high;
+      zip_words(even, odd, &low, &high);
+      store_pairs(values, low);
+      store_pairs(values + kLanes, high);
+    }
+  }
+  // What is past the last chunk of a block of values' columns meets weights, and stays finite.
+  if (p.values == nullptr || n_chunks(p.n) % 2 == 0) return;
+  Pair* values = p.values + n_chunks(p.n) / 2 * kPanelPairs * kOutColumns + kChunk;
+  for (int64_t cell = 0; cell < p.n_cells; cell += 2, values += kOutColumns) {
+    store_pairs(values, I32{});
+    store_pairs(values + kLanes, I32{});
+  }
+}
+
+void fill_panel(Format format, const PanelPlane& p) {
+  if (format == Format::F16) return fill_panel<Format::F16>(p);
+  if (format == Format::BF16) return fill_panel<Format::BF16>(p);
+  if (format == Format::Q8_0) return fill_panel<Format::Q8_0>(p);
+  fill_panel<Format::F32>(p);
+}
+
+// Where the rows of a panel's cells lie, in both planes.
+struct PanelRows {
+  const std::byte* latent[kPanelCells];
+  const std::byte* rope[kPanelCells];
+  int64_t n_cells;
+};
+// Logical cells [begin, end), at most kPanelCells. Up to the next multiple of kSums, which scores
+// are computed for, cells are `zeros`: zero bytes are zeros in every format.
+void locate(const CacheCells& cells, int64_t begin, int64_t end, const std::byte* zeros,
+            PanelRows* rows) {
+  rows->n_cells = end - begin < kPanelCells ? end - begin : kPanelCells;
+  const int64_t first = cells.first_cell + begin;
+  int64_t block = first / cells.block_cells;
+  int64_t within = first % cells.block_cells;
+  for (int64_t i = 0; i < rows->n_cells; ++i) {
+    const int64_t cell = cells.blocks[block] * cells.block_cells + within;
+    rows->latent[i] = cells.latent.data + cell * cells.latent.row_bytes;
+    rows->rope[i] = cells.rope.data + cell * cells.rope.row_bytes;
+    if (++within == cells.block_cells) {
+      within = 0;
+      ++block;
+    }
+  }
+  for (int64_t i = rows->n_cells; i % kSums != 0; ++i) rows->latent[i] = rows->rope[i] = zeros;
+}
+
+// Towards the second-level cache: rows lie apart in the cache, where no prefetcher foresees them.
+inline void fetch_rows(const std::byte* const* rows, int64_t n_rows, int64_t n_bytes) {
+  for (int64_t i = 0; i < n_rows; ++i) {
+    for (int64_t j = 0; j < n_bytes; j += 64) __builtin_prefetch(rows[i] + j, 0, 2);
+  }
+}
+
+// ---- queries and cells --------------------------------------------------------------------------
+// kCells cells from `cell` on with kGroups groups of rows; done(cell, group, sum) takes the sums.
+// Keys come in parts: panels of `chunks` chunks, which the queries have one after the other.
+struct KeyPart {
+  const Pair* keys;
+  int64_t chunks;
+  const std::byte* const* next_rows;  // of the next panel's cells, to fetch meanwhile; may be null
+  int64_t chunk_bytes;                // of such a row
+};
+struct Queries {
+  const Pair* pairs;    // [groups][n_pairs][kLanes]
+  int64_t group_pairs;  // n_pairs * kLanes
+};
+
+template <int kCells, int kGroups, class Done>
+MLA_INLINE void cell_products(const KeyPart* parts, int n_parts, const Queries& q, int64_t cell,
+                              int64_t group, const Done& done) {
+  F32 sum[kCells][kGroups] = {};
+  const Pair* query = q.pairs + group * q.group_pairs;
+  for (int part = 0; part < n_parts; ++part) {
+    const Pair* keys = parts[part].keys + cell * kLanes;
+    for (int64_t chunk = 0; chunk < parts[part].chunks; ++chunk) {
+      if (parts[part].next_rows != nullptr) {
+        for (int c = 0; c < kCells; ++c) {
+          __builtin_prefetch(parts[part].next_rows[cell + c] + chunk * parts[part].chunk_bytes, 0,
+                             2);
+        }
+      }
+      for (int64_t pair = 0; pair < kLanes; ++pair, query += kLanes) {
+        I32 rows[kGroups];
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroups; ++g) rows[g] = load_pairs(query + g * q.group_pairs);
+#pragma GCC unroll 16
+        for (int c = 0; c < kCells; ++c) {
+          const I32 key = broadcast(keys + c * kLanes + pair);
+#pragma GCC unroll 4
+          for (int g = 0; g < kGroups; ++g) sum[c][g] = dot_pairs(sum[c][g], key, rows[g]);
+        }
+      }
+      keys += kPanelCells * kLanes;
+    }
+  }
+#pragma GCC unroll 16
+  for (int c = 0; c < kCells; ++c) {
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) done(cell + c, group + g, sum[c][g]);
+  }
+}
+
+// All cells of a panel (rounded up to kSums) with all groups.
+template <class Done>
+MLA_INLINE void panel_products(const KeyPart* parts, int n_parts, const Queries& q, int64_t n_cells,
+                               int64_t n_groups, const Done& done) {
+  int64_t g = 0;
+  for (; g + 2 <= n_groups; g += 2) {
+    for (int64_t cell = 0; cell < n_cells; cell += kSums / 2) {
+      cell_products<kSums / 2, 2>(parts, n_parts, q, cell, g, done);
+    }
+  }
+  if (g == n_groups) return;
+  for (int64_t cell = 0; cell < n_cells; cell += kSums) {
+    cell_products<kSums, 1>(parts, n_parts, q, cell, g, done);
+  }
+}
+
+// ---- a tile of rows -----------------------------------------------------------------------------
+// What a tile of rows carries from panel to panel, a lane for each row. Rows past the last see what
+// the last one sees; nothing of theirs is kept.
+struct PairRows {
+  int64_t n_rows, n_groups;
+  Queries q;
+  float scale;
+  const int64_t* visible;
+  float* out;
+  int64_t out_row, out_columns;
+  F32 max[kPairGroups], sum[kPairGroups], kept[kPairGroups];
+};
+
+struct PairScratch {
+  float* scores;  // [groups][kPanelCells][kLanes]
+  Pair* weights;  // [groups][kPanelPairs][kLanes]
+};
+constexpr int64_t kPairScratchFloats = kPairTileRows * (kPanelCells + kPanelPairs);
+
+inline void load_rows(const RunningRows& from, PairRows* t) {
+  float lanes[2][kPairTileRows] = {};
+  for (int64_t i = 0; i < t->n_rows; ++i) {
+    lanes[0][i] = from.max[i];
+    lanes[1][i] = from.sum[i];
+  }
+  for (int64_t g = 0; g < t->n_groups; ++g) {
+    t->max[g] = load(lanes[0] + g * kLanes);
+    t->sum[g] = load(lanes[1] + g * kLanes);
+  }
+  t->out = from.out;
+  t->out_row = from.out_row;
+}
+inline void store_rows(const PairRows& t, const RunningRows& to) {
+  for (int64_t i = 0; i < t.n_rows; ++i) {
+    to.max[i] = t.max[i / kLanes][i % kLanes];
+    to.sum[i] = t.sum[i / kLanes][i % kLanes];
+  }
+}
+
+// How many of a panel's cells each row of a group sees; false if all of them see all n_cells.
+inline bool seen_cells(const PairRows& t, int64_t group, int64_t first, int64_t n_cells,
+                       I32* seen) {
+  int32_t lane[kLanes];
+  bool some_hidden = n_cells % 2 != 0;
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const int64_t row = group * kLanes + i;
+    const int64_t n = t.visible[row < t.n_rows ? row : t.n_rows - 1] - first;
+    lane[i] = static_cast<int32_t>(n < 0 ? 0 : n < n_cells ? n : n_cells);
+    some_hidden |= lane[i] < n_cells;
+  }
+  std::memcpy(seen, lane, sizeof lane);
+  return some_hidden;
+}
+
+// Scores of one group -> weights against the new maximum.
+inline void weigh(PairRows* t, int64_t group, int64_t first, int64_t n_cells,
+                  const PairScratch& scratch) {
+  constexpr float kLog2E = 1.44269504f;
+  const float lowest = -__builtin_inff();
+  float* score = scratch.scores + group * kPanelCells * kLanes;
+  const int64_t padded = (n_cells + 1) / 2 * 2;
+  const F32 scale = set1(t->scale);
+  F32 best = t->max[group];
+  I32 seen;
+  const bool some_hidden = seen_cells(*t, group, first, n_cells, &seen);
+  for (int64_t cell = 0; cell < padded; ++cell) {
+    F32 z = load(score + cell * kLanes) * scale;
+    if (some_hidden) z = static_cast<int32_t>(cell) < seen ? z : set1(lowest);
+    store(score + cell * kLanes, z);
+    best = max(z, best);
+  }
+  // A row that has seen nothing yet keeps the maximum -inf, and weights of 0.
+  const F32 base = (best == lowest ? zero() : best) * set1(kLog2E);
+  Pair* weights = scratch.weights + group * kPanelPairs * kLanes;
+  F32 total = zero();
+  for (int64_t cell = 0; cell < padded; cell += 2) {
+    const F32 even = exp2_near(load(score + cell * kLanes) * set1(kLog2E) - base);
+    const F32 odd = exp2_near(load(score + (cell + 1) * kLanes) * set1(kLog2E) - base);
+    total = total + (even + odd);
+    store_pairs(weights + cell / 2 * kLanes, zip_pairs(even, odd));
+  }
+  t->kept[group] = exp2_near(t->max[group] * set1(kLog2E) - base);
+  t->sum[group] = t->sum[group] * t->kept[group] + total;
+  t->max[group] = best;
+}
+
+// kOutRows rows from `row` on, columns [column, column + cols) of out; values: that block of
+// columns.
+inline void add_values(const PairRows& t, const Pair* values, int64_t n_pairs, int64_t row,
+                       int64_t column, int64_t cols, const Pair* weights) {
+  F32 sum[kOutRows][kOutVectors];
+  const int64_t group = row / kLanes;
+  const Pair* weight = weights + group * kPanelPairs * kLanes + row % kLanes;
+  float* out[kOutRows];
+  for (int r = 0; r < kOutRows; ++r) {
+    out[r] = t.out + (row + r < t.n_rows ? row + r : t.n_rows - 1) * t.out_row + column;
+    const F32 kept = set1(t.kept[group][(row + r < t.n_rows ? row + r : t.n_rows - 1) % kLanes]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kOutVectors; ++v) {
+      sum[r][v] = load_count(out[r] + v * kLanes, cols - v * kLanes) * kept;
+    }
+  }
+  for (int64_t pair = 0; pair < n_pairs; ++pair, values += kOutColumns, weight += kLanes) {
+    I32 columns[kOutVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kOutVectors; ++v) columns[v] = load_pairs(values + v * kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < kOutRows; ++r) {
+      const I32 x = broadcast(weight + r);
+#pragma GCC unroll 4
+      for (int v = 0; v < kOutVectors; ++v) sum[r][v] = dot_pairs(sum[r][v], x, columns[v]);
+    }
+  }
+  for (int r = 0; r < kOutRows && row + r < t.n_rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kOutVectors; ++v) {
+      store_count(out[r] + v * kLanes, cols - v * kLanes, sum[r][v]);
+    }
+  }
+}
+
+// One panel of cells, of which the first is `first` as `visible` counts.
+void attend_panel(PairRows* t, const KeyPart* parts, int n_parts, const Pair* values, int64_t first,
+                  int64_t n_cells, const PairScratch& scratch) {
+  panel_products(parts, n_parts, t->q, n_cells, t->n_groups,
+                 [&](int64_t cell, int64_t group, F32 sum) {
+                   store(scratch.scores + (group * kPanelCells + cell) * kLanes, sum);
+                 });
+  for (int64_t g = 0; g < t->n_groups; ++g) weigh(t, g, first, n_cells, scratch);
+  const int64_t n_pairs = (n_cells + 1) / 2;
+  for (int64_t column = 0; column < t->out_columns; column += kOutColumns) {
+    for (int64_t row = 0; row < t->n_rows; row += kOutRows) {
+      add_values(*t, values + column * kPanelPairs, n_pairs, row, column, t->out_columns - column,
+                 scratch.weights);
+    }
+  }
+}
+
+// ---- in the latent ------------------------------------------------------------------------------
+int64_t absorbed_pairs_scratch_bytes(int64_t c, int64_t r) {
+  const int64_t pairs = query_pairs(n_chunks(c) + n_chunks(r)) + key_panel_pairs(c) +
+                        key_panel_pairs(r) + value_panel_pairs(c) + kPairScratchFloats;
+  return (pairs + (c > r ? c : r)) * int64_t{sizeof(Pair)};
+}
+
+void absorbed_pairs(const AbsorbedTile& t) noexcept {
+  const int64_t c = t.cells.latent.n;
+  const int64_t r = t.cells.rope.n;
+  const int64_t row = pad_floats(c) + pad_floats(r);
+  const int64_t chunks = n_chunks(c) + n_chunks(r);
+  auto* queries = static_cast<Pair*>(t.scratch);
+  Pair* latent = queries + query_pairs(chunks);
+  Pair* rope = latent + key_panel_pairs(c);
+  Pair* values = rope + key_panel_pairs(r);
+  Pair* weights = values + value_panel_pairs(c);
+  auto* scores = reinterpret_cast<float*>(weights + kPairTileRows * kPanelPairs);
+  auto* zeros = reinterpret_cast<std::byte*>(scores + kPairTileRows * kPanelCells);
+
+  std::memset(zeros, 0, static_cast<size_t>(c > r ? c : r) * sizeof(float));
+  PanelRows now, next;
+  locate(t.cells, t.begin, t.end, zeros, &next);
+  fetch_rows(next.latent, next.n_cells, t.cells.latent.row_bytes);
+  fetch_rows(next.rope, next.n_cells, t.cells.rope.row_bytes);
+  PairRows rows;
+  rows.n_rows = t.n_rows;
+  rows.n_groups = (t.n_rows + kLanes - 1) / kLanes;
+  rows.q = {queries, chunks * kLanes * kLanes};
+  rows.scale = t.scale;
+  rows.visible = t.visible;
+  rows.out_columns = pad_floats(c);
+  load_rows(t.rows, &rows);
+  for (int64_t g = 0; g < rows.n_groups; ++g) {
+    Pair* group = queries + g * rows.q.group_pairs;
+    const float* q = t.q + g * kLanes * row;
+    pack_lanes(q, row, t.n_rows - g * kLanes, pad_floats(c), group);
+    pack_lanes(q + pad_floats(c), row, t.n_rows - g * kLanes, pad_floats(r),
+               group + n_chunks(c) * kLanes * kLanes);
+  }
+  for (int64_t cell = t.begin; cell < t.end; cell += kPanelCells) {
+    now = next;
+    if (cell + kPanelCells < t.end) locate(t.cells, cell + kPanelCells, t.end, zeros, &next);
+    const int64_t padded = (now.n_cells + kSums - 1) / kSums * kSums;
+    fill_panel(t.cells.latent.format, {now.latent, padded, c, latent, values});
+    fill_panel(t.cells.rope.format, {now.rope, padded, r, rope, nullptr});
+    const KeyPart parts[] = {{latent, n_chunks(c), next.latent, chunk_bytes(t.cells.latent.format)},
+                             {rope, n_chunks(r), next.rope, chunk_bytes(t.cells.rope.format)}};
+    attend_panel(&rows, parts, 2, values, cell, now.n_cells, {scores, weights});
+  }
+  store_rows(rows, t.rows);
+}
+
+}  // namespace
+}  // namespace mla::cpu::MLA_ISA
