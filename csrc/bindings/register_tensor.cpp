@@ -1,6 +1,9 @@
 // Tensors over Python buffers, and back.
+#include <algorithm>
+
 #include "bindings/convert.h"
 #include "bindings/register.h"
+#include "sys/nodes.h"
 
 namespace py = pybind11;
 
@@ -80,6 +83,70 @@ std::vector<int64_t> dims_of(const Shape& shape) {
   return {shape.dims().begin(), shape.dims().end()};
 }
 
+// begins [parts + 1], ascending from 0 to n.
+void check_begins(const Layout& layout, const std::vector<int64_t>& begins, int64_t n) {
+  const bool whole = begins.size() > 1 && begins.size() <= sys::kMaxNodes + 1 &&
+                     begins.front() == 0 && begins.back() == n &&
+                     std::is_sorted(begins.begin(), begins.end());
+  MLA_CHECK_SHAPE(whole, "tensor ", layout, " in parts: their beginnings must rise from 0 to ", n,
+                  ", with 1 to ", sys::kMaxNodes, " parts");
+}
+
+// Keeps the slices alive with the memory they describe.
+py::object own(Slices slices, const py::object& memory, Tensor& tensor) {
+  auto hold = std::make_unique<Slices>(std::move(slices));
+  tensor.slices = hold.get();
+  const py::capsule capsule(hold.release(), [](void* p) { delete static_cast<Slices*>(p); });
+  return py::make_tuple(memory, capsule);
+}
+
+PyTensor make_sliced(const std::string& format, const std::vector<int64_t>& shape, int axis,
+                     const std::vector<int64_t>& begins,
+                     const std::vector<std::pair<py::buffer, int64_t>>& memory) {
+  const Layout layout = make_layout(format, shape, std::nullopt);
+  const int rank = static_cast<int>(shape.size());
+  MLA_CHECK_SHAPE(axis >= 0 && axis < rank - 1 && layout.shape.n_elems() > 0, "tensor ", layout,
+                  " cannot be kept in parts along axis ", axis);
+  check_begins(layout, begins, layout.dim(axis));
+  MLA_CHECK_SHAPE(memory.size() + 1 == begins.size(), "tensor ", layout, ": ", memory.size(),
+                  " memories for ", begins.size() - 1, " parts");
+  const int64_t step = layout.stride[static_cast<size_t>(kMaxRank - rank + axis)];
+  int64_t n_matrices = 1;
+  for (int i = 0; i < axis; ++i) n_matrices *= layout.dim(i);
+  Slices slices{step * layout.dim(axis), {}, false};
+  std::byte* first = nullptr;
+  for (size_t i = 0; i < memory.size(); ++i) {
+    const py::buffer_info info = memory[i].first.request();
+    const int64_t n_bytes = n_matrices * (begins[i + 1] - begins[i]) * step;
+    const int64_t at = memory[i].second;
+    MLA_CHECK_SHAPE(at >= 0 && at <= info.size * info.itemsize - n_bytes, "tensor ", layout,
+                    ": part ", i, " of ", n_bytes, " bytes at byte ", at, " of a buffer of ",
+                    info.size * info.itemsize);
+    std::byte* data = static_cast<std::byte*>(info.ptr) + at;
+    check_aligned(Tensor(layout, data));
+    slices.parts.push_back({begins[i] * step, begins[i + 1] * step, data});
+    if (first == nullptr && n_bytes > 0) first = data;
+  }
+  PyTensor out{Tensor(layout, first), py::none(), false, nullptr};
+  out.owner = own(std::move(slices), py::cast(memory), out.tensor);
+  return out;
+}
+
+PyTensor with_parts(const PyTensor& whole, const std::vector<int64_t>& begins) {
+  const Tensor& t = whole.tensor;
+  MLA_CHECK_SHAPE(t.shape.rank == 2 && t.stride[2] > 0 && t.slices == nullptr, "tensor ",
+                  static_cast<const Layout&>(t), " cannot be given parts");
+  check_begins(t, begins, t.dim(0));
+  Slices slices{t.stride[2] * t.dim(0), {}, true};
+  for (size_t i = 0; i + 1 < begins.size(); ++i) {
+    const int64_t begin = begins[i] * t.stride[2];
+    slices.parts.push_back({begin, begins[i + 1] * t.stride[2], t.data + begin});
+  }
+  PyTensor out = whole;
+  out.owner = own(std::move(slices), whole.owner, out.tensor);
+  return out;
+}
+
 }  // namespace
 
 void check_writable(const char* op, const PyTensor& tensor) {
@@ -135,11 +202,24 @@ void register_tensor(py::module_& m) {
           "view",
           [](const PyTensor& t) {
             check_host("view", t);
+            const Slices* slices = t.tensor.slices;
+            MLA_CHECK(UnsupportedError, slices == nullptr || slices->in_place,
+                      "view: ", static_cast<const Layout&>(t.tensor), " is kept in parts");
             py::array array = to_array(t.tensor, t.owner);
             if (!t.writable) array.attr("flags").attr("writeable") = false;
             return array;
           },
-          "ndarray over the same memory: BF16 as uint16, quantized rows as uint8.");
+          "ndarray over the same memory: BF16 as uint16, quantized rows as uint8.")
+      .def_static(
+          "sliced", &make_sliced, py::arg("format"), py::arg("shape"), py::arg("axis"),
+          py::arg("begins"), py::arg("memory"),
+          "A weight in parts, one per node: part i holds indices [begins[i], begins[i + 1]) "
+          "of `axis` for every index of the axes before it, one after another without gaps, "
+          "from byte memory[i][1] of the buffer memory[i][0] on. Products read it as if it "
+          "were in one piece. Raises ShapeError.")
+      .def("with_parts", &with_parts, py::arg("begins"),
+           "The same memory [rows, n], of which node i has rows [begins[i], begins[i + 1]). Raises "
+           "ShapeError.");
 }
 
 }  // namespace mla::bindings

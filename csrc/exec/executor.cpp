@@ -51,6 +51,8 @@ void Executor::copy_constants() {
       if (root == nullptr || root->op != Op::weight) continue;
       auto& copy = constants_[static_cast<size_t>(domain)][root];
       if (copy.data == nullptr) {
+        MLA_CHECK(UnsupportedError, !is_in_parts(root), "executor: weight '", root->label,
+                  "' is kept in parts, which ", workspace_->owner(domain).name(), " cannot read");
         copy = workspace_->constant(domain, Tensor(root->layout, root->constant));
       }
     }
@@ -61,7 +63,11 @@ Tensor Executor::resolve(Node* node, Domain domain) const {
   const Root root = root_of(node);
   const bool is_state = root.node->op == Op::state;
   if (is_state || (root.node->op == Op::weight && domain == kHost)) {
-    return Tensor(node->layout, root.node->constant + root.offset_bytes);
+    Tensor tensor(node->layout, root.node->constant);
+    tensor.slices = root.node->slices;
+    tensor.slices_offset = root.offset_bytes;
+    if (!is_in_parts(root.node)) tensor.data += root.offset_bytes;
+    return tensor;
   }
   if (root.node->op == Op::weight) {
     const Buffer& copy = constants_[static_cast<size_t>(domain)].at(root.node);

@@ -24,6 +24,11 @@ Root root_of(Node* node) {
   return {node, offset};
 }
 
+bool is_in_parts(const Node* node) {
+  const Slices* slices = root_of(const_cast<Node*>(node)).node->slices;
+  return slices != nullptr && !slices->in_place;
+}
+
 std::string describe(const Node& node) {
   std::string text = concat(op_name(node.op), "(");
   const char* comma = "";
@@ -60,6 +65,7 @@ Node* Graph::weight(std::string name, const Tensor& tensor) {
   node->label = std::move(name);
   node->layout = tensor;
   node->constant = tensor.data;
+  node->slices = tensor.slices;
   return adopt(std::move(node));
 }
 
@@ -78,6 +84,8 @@ void Graph::check_own(const Node* node) const {
 
 void Graph::output(Node* node, bool on_demand) {
   check_own(node);
+  MLA_CHECK(UnsupportedError, !is_in_parts(node), "graph: ", node->layout,
+            " is kept in parts and can be no output");
   outputs_.push_back({node, on_demand});
 }
 

@@ -72,11 +72,12 @@ struct Node {
   Layout layout;
   std::vector<Node*> inputs;  // nullptr where an optional operand is absent
   Attrs attrs;
-  std::byte* constant = nullptr;  // Op::weight and Op::state: memory that exists before the run
-  const void* home = nullptr;     // Op::state: the backend whose memory that is; null: the host
-  std::string device;             // name of the backend that should compute it; "": the first
-  Node* source = nullptr;         // Op::view: whose memory this is ...
-  int64_t offset_bytes = 0;       // ... and where in it
+  std::byte* constant = nullptr;   // Op::weight and Op::state: memory that exists before the run
+  const Slices* slices = nullptr;  // of the constant, where it is kept in parts
+  const void* home = nullptr;      // Op::state: the backend whose memory that is; null: the host
+  std::string device;              // name of the backend that should compute it; "": the first
+  Node* source = nullptr;          // Op::view: whose memory this is ...
+  int64_t offset_bytes = 0;        // ... and where in it
 
   int64_t dim(int i) const { return layout.dim(i); }
   const Shape& shape() const { return layout.shape; }
@@ -96,6 +97,9 @@ struct Root {
   int64_t offset_bytes;
 };
 Root root_of(Node* node);
+
+// Whether its memory is that of a weight kept in parts, so that plain strides do not lead to it.
+bool is_in_parts(const Node* node);
 
 // "matmul(F32 [2, 8], Q4_K [16, 8])": for messages.
 std::string describe(const Node& node);

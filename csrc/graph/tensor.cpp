@@ -198,4 +198,13 @@ Layout reshape(const Layout& x, const Shape& shape) {
   return out;
 }
 
+Tensor::Rows Tensor::rows_at(int64_t i0, int64_t i1, int64_t i2) const {
+  const int64_t left = shape.extent[2] - i2;
+  if (slices == nullptr) return {at(i0, i1, i2), left, -1};
+  const int64_t offset = i0 * stride[0] + i1 * stride[1] + i2 * stride[2];
+  const Slices::Place place = slices->find(slices_offset + offset);
+  const int64_t step = std::max<int64_t>(stride[2], 1);
+  return {place.data, std::min(left, (place.left_bytes + step - 1) / step), place.part};
+}
+
 }  // namespace mla

@@ -8,6 +8,7 @@
 #include <span>
 #include <string>
 
+#include "graph/slices.h"
 #include "quant/format.h"
 
 namespace mla {
@@ -69,14 +70,26 @@ Layout reshape(const Layout& x, const Shape& shape);
 
 struct Tensor : Layout {
   std::byte* data = nullptr;  // not owned: the Buffer or mapping behind it must outlive the use
+  // Where it is kept in parts: addresses come from at() and rows_at(), and data only says that it
+  // is there. slices_offset is where this view begins in what the slices describe.
+  const Slices* slices = nullptr;
+  int64_t slices_offset = 0;
 
   Tensor() = default;
   Tensor(const Layout& layout, void* memory)
       : Layout(layout), data(static_cast<std::byte*>(memory)) {}
 
   std::byte* at(int64_t i0, int64_t i1, int64_t i2) const {
-    return data + i0 * stride[0] + i1 * stride[1] + i2 * stride[2];
+    const int64_t offset = i0 * stride[0] + i1 * stride[1] + i2 * stride[2];
+    return slices == nullptr ? data + offset : slices->find(slices_offset + offset).data;
   }
+  // Row (i0, i1, i2), and how many of the rows from there on lie with it, stride[2] apart.
+  struct Rows {
+    std::byte* data;
+    int64_t n;
+    int part;  // of the slices; -1: there are none
+  };
+  Rows rows_at(int64_t i0, int64_t i1, int64_t i2) const;
   template <class T>
   T* ptr() const {
     return reinterpret_cast<T*>(data);

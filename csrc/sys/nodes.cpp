@@ -5,6 +5,11 @@
 #include "base/error.h"
 
 namespace mla::sys {
+namespace {
+
+__extension__ typedef __int128 Wide;  // weights may be bytes
+
+}  // namespace
 
 std::vector<int64_t> split_rows_over_nodes(int64_t n_rows, std::span<const int64_t> weights,
                                            int64_t granule) {
@@ -20,11 +25,10 @@ std::vector<int64_t> split_rows_over_nodes(int64_t n_rows, std::span<const int64
   std::vector<int64_t> begins = {0};
   int64_t sum = 0;
   for (int64_t weight : weights) {
-    // Rounded sums, not rounded parts: the error does not grow with the number of parts. In 128
-    // bits, because weights may be bytes.
+    // Rounded sums, not rounded parts: the error does not grow with the number of parts.
     sum += weight;
-    const auto scaled = static_cast<__int128>(n_granules) * sum * 2 + total;
-    begins.push_back(std::min(static_cast<int64_t>(scaled / (2 * total)) * granule, n_rows));
+    const Wide scaled = Wide{n_granules} * sum * 2 + total;
+    begins.push_back(std::min(static_cast<int64_t>(scaled / (Wide{2} * total)) * granule, n_rows));
   }
   return begins;
 }

@@ -10,6 +10,9 @@
 
 namespace mla::sys {
 
+// Parts that anything is split into: what fits one run's tables. Larger machines are grouped.
+inline constexpr int kMaxNodes = 32;
+
 // A part of the machine that keeps its share of the weights and computes with it: one NUMA node, or
 // several that are grouped.
 struct NodeShare {

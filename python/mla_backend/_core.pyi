@@ -13,6 +13,11 @@ class Tensor:
     """
     A strided view over the memory of a buffer, which it keeps alive.
     """
+    @staticmethod
+    def sliced(format: str, shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], axis: typing.SupportsInt | typing.SupportsIndex, begins: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], memory: collections.abc.Sequence[tuple[typing_extensions.Buffer, typing.SupportsInt | typing.SupportsIndex]]) -> Tensor:
+        """
+        A weight in parts, one per node: part i holds indices [begins[i], begins[i + 1]) of `axis` for every index of the axes before it, one after another without gaps, from byte memory[i][1] of the buffer memory[i][0] on. Products read it as if it were in one piece. Raises ShapeError.
+        """
     def __init__(self, buffer: typing_extensions.Buffer, format: str, shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], strides_bytes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] | None = None, offset_bytes: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
         """
         shape outermost first, at most 4 extents. Strides default to contiguous; for a quantized format the innermost one is the bytes of a block. Raises ShapeError, FormatError.
@@ -20,6 +25,10 @@ class Tensor:
     def view(self) -> numpy.typing.NDArray[typing.Any]:
         """
         ndarray over the same memory: BF16 as uint16, quantized rows as uint8.
+        """
+    def with_parts(self, begins: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> Tensor:
+        """
+        The same memory [rows, n], of which node i has rows [begins[i], begins[i + 1]). Raises ShapeError.
         """
     @property
     def format(self) -> str:

@@ -1,5 +1,6 @@
 #include "backends/cpu/cpu_backend.h"
 
+#include <algorithm>
 #include <array>
 #include <new>
 
@@ -41,6 +42,47 @@ const CpuOp* find(Op op) {
   return nullptr;
 }
 
+// Operands that may be kept in parts: those whose rows are asked for one run at a time.
+bool takes_parts(Op op, size_t operand) {
+  switch (op) {
+    case Op::get_rows:
+      return operand == 0;
+    case Op::matmul:
+    case Op::matmul_indexed:
+      return operand == 1;
+    case Op::swiglu_matmul:
+      return operand == 1 || operand == 2;
+    case Op::mla_attention:
+      return operand == 4 || operand == 5;
+    default:
+      return false;
+  }
+}
+
+// Parts end between rows: what is read across rows would run over an end.
+bool reads_by_rows(const Node& node, const Layout& operand) {
+  const auto* attrs = std::get_if<MatmulAttrs>(&node.attrs);
+  return operand.rows_are_contiguous() && operand.stride[2] > 0 &&
+         (attrs == nullptr || !attrs->transpose_w);
+}
+
+// Attention reads the weights of a head at a time.
+bool ends_between_heads(const Slices& slices, const Layout& operand) {
+  return std::ranges::all_of(
+      slices.parts, [&](const Slices::Part& part) { return part.begin % operand.stride[1] == 0; });
+}
+
+bool reaches_operands(const Node& node) {
+  for (size_t i = 0; i < node.inputs.size(); ++i) {
+    Node* in = node.inputs[i];
+    if (in == nullptr || !is_in_parts(in)) continue;
+    if (!takes_parts(node.op, i) || !reads_by_rows(node, in->layout)) return false;
+    const bool by_head = node.op == Op::mla_attention;
+    if (by_head && !ends_between_heads(*root_of(in).node->slices, in->layout)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 CpuBackend::CpuBackend(std::shared_ptr<sys::ThreadPool> pool, std::string_view isa)
@@ -48,7 +90,8 @@ CpuBackend::CpuBackend(std::shared_ptr<sys::ThreadPool> pool, std::string_view i
 
 bool CpuBackend::supports_op(const Node& node) const {
   const CpuOp* op = find(node.op);
-  return op != nullptr && op->supports != nullptr && op->supports(node, kernels_);
+  return op != nullptr && op->supports != nullptr && reaches_operands(node) &&
+         op->supports(node, kernels_);
 }
 
 size_t CpuBackend::scratch_bytes(const Node& node) const {

@@ -4,6 +4,7 @@
 // into tiles; the chunks of work are (matrix of w, tile, range of n).
 #include <algorithm>
 
+#include "backends/cpu/ops/parts.h"
 #include "backends/cpu/ops/products.h"
 #include "backends/cpu/ops/rows.h"
 
@@ -76,8 +77,11 @@ void run_chunk(const Matmul& op, const Step& step, const CpuRun& run, int64_t ch
       copy_residual(residual.at(i0, i1, m), residual.stride[3], begin, end, y[r]);
     }
   }
-  multiply(op.reader, *run.kernels.matmul, w.at(w0, w1, 0), begin, end, {x, y, n_rows},
-           residual.data != nullptr, op.room + thread * op.reader.room_bytes(*run.kernels.matmul));
+  std::byte* room = op.room + thread * op.reader.room_bytes(*run.kernels.matmul);
+  for_runs(w, w0, w1, begin, end, [&](const std::byte* base, int64_t first_n, int64_t last_n) {
+    multiply(op.reader, *run.kernels.matmul, base, first_n, last_n, {x, y, n_rows},
+             residual.data != nullptr, room);
+  });
 }
 
 bool supports_matmul(const Node& node, const KernelTable& kernels) {

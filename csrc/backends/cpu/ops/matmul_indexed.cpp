@@ -6,6 +6,7 @@
 // the order of a.
 #include <algorithm>
 
+#include "backends/cpu/ops/parts.h"
 #include "backends/cpu/ops/products.h"
 #include "backends/cpu/ops/rows.h"
 
@@ -64,9 +65,12 @@ void run_tile(const Indexed& op, const Step& step, const CpuRun& run, const Expe
                                  : reinterpret_cast<float*>(step.out.at(0, t, a)) + begin;
   }
   const MatmulTable& table = *run.kernels.matmul;
-  const std::byte* w = op.reader.skip(step.in[1].at(0, tile.expert, 0), begin);
-  multiply(op.reader, table, w, 0, end - begin, {x, y, tile.n_pairs}, false,
-           op.room + thread * op.reader.room_bytes(table));
+  std::byte* room = op.room + thread * op.reader.room_bytes(table);
+  for_runs(step.in[1], 0, tile.expert, begin, end,
+           [&](const std::byte* base, int64_t first, int64_t last) {
+             multiply(op.reader, table, op.reader.skip(base, begin), first - begin, last - begin,
+                      {x, y, tile.n_pairs}, false, room);
+           });
 }
 
 // out[t, n] = sum_a weights[t, a] partial[t, a, n] (+ residual[t, n]) for n in [begin, end).

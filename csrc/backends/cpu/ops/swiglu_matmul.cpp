@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "backends/cpu/ops/parts.h"
 #include "backends/cpu/ops/products.h"
 #include "backends/cpu/ops/rows.h"
 
@@ -108,10 +109,15 @@ void run_tile(const SwigluMatmul& op, const Step& step, const CpuRun& run, int64
 
   const MatmulTable& table = *run.kernels.matmul;
   std::byte* room = op.room + thread * op.room_bytes;
-  const std::byte* gate = op.gate.skip(step.in[1].at(0, rows.expert, 0), begin);
-  const std::byte* up = op.up.skip(step.in[2].at(0, rows.expert, 0), begin);
-  multiply(op.gate, table, gate, 0, end - begin, {rows.x, rows.y, rows.n_rows}, false, room);
-  multiply(op.up, table, up, 0, end - begin, {rows.up_x, up_y, rows.n_rows}, false, room);
+  const auto product = [&](const WeightReader& reader, const Tensor& w, const RowTile& t) {
+    for_runs(w, 0, rows.expert, begin, end,
+             [&](const std::byte* base, int64_t first, int64_t last) {
+               multiply(reader, table, reader.skip(base, begin), first - begin, last - begin, t,
+                        false, room);
+             });
+  };
+  product(op.gate, step.in[1], {rows.x, rows.y, rows.n_rows});
+  product(op.up, step.in[2], {rows.up_x, up_y, rows.n_rows});
   for (int64_t r = 0; r < rows.n_rows; ++r) {
     run.kernels.row->swiglu(rows.y[r], up_y[r], end - begin, rows.y[r]);
   }
