@@ -68,21 +68,63 @@ struct AbsorbedKernel {
   int64_t tile_rows;  // query rows of one task, at most kMaxTileRows
 };
 
-// Query rows of one head against a block of expanded keys and values.
-struct ExpandedTile {
-  const float* q;          // [n_rows, N + R]
-  int64_t n_rows;          // <= kTileRows
-  const float* keys;       // panels of kPanelCells cells: [panels][pad(N)][kPanelCells]
-  const float* rope_keys;  // [panels][pad(R)][kPanelCells]
-  const float* values;     // [cells, pad(V)]
-  int64_t n, r, v;
-  int64_t n_cells;
-  const int64_t* visible;  // [n_rows], counted from the block's first cell
-  float scale;
-  RunningRows rows;  // out [n_rows, V]
-  float* scratch;    // kTileRows * kPanelCells floats
+// ---- expanded -----------------------------------------------------------------------------------
+// Cells are expanded in panels of kPanelCells. How latents, keys, values and weights are stored is
+// the kernels' affair; panels follow each other.
+struct HeadDims {
+  int64_t n, r, c, v;
+};
+struct ExpandedBytes {
+  int64_t latent, rope, keys, values;  // of one panel; of keys and values, of one head
+  int64_t weight;                      // one head's k_b or v_b, whichever is larger
+  int64_t room;                        // of a thread, for any of the steps
 };
 
+// Rows of one head's weight: of `n` rows of c numbers, or `across`, of c rows of n numbers.
+struct WeightRows {
+  const float* rows;  // [n_rows, row_floats], padded with zeros
+  int64_t row_floats;
+  int64_t first, n_rows;  // first is a multiple of kPadFloats, n_rows at most that
+  int64_t n, c;
+  bool across;
+};
+// One panel of one head's keys or values.
+struct ExpandTask {
+  const std::byte* weight;
+  const std::byte* latent;
+  int64_t n_cells;  // at most kPanelCells
+  int64_t n, c;
+  bool values;
+  std::byte* out;
+  void* room;
+};
+// Query rows of one head against panels of its keys and values.
+struct ExpandedTile {
+  HeadDims dims;
+  const float* q;  // [n_rows, pad(N) + pad(R)], pads are zero
+  int64_t n_rows;  // <= the kernels' tile_rows
+  const std::byte* keys;
+  const std::byte* rope_keys;
+  const std::byte* values;
+  int64_t n_cells;
+  const int64_t* visible;  // [n_rows], counted from the first panel's first cell
+  float scale;
+  RunningRows rows;  // out [n_rows, V]
+  void* scratch;     // room
+};
+// All pointers are aligned to 64 bytes but those into the cache and the output.
+struct ExpandedKernels {
+  ExpandedBytes (*bytes)(const HeadDims&);
+  // Logical cells [begin, end), at most one panel.
+  void (*cells)(const CacheCells&, int64_t begin, int64_t end, std::byte* latent, std::byte* rope,
+                void* room) noexcept;
+  void (*pack)(const WeightRows&, std::byte* weight) noexcept;
+  void (*expand)(const ExpandTask&) noexcept;
+  void (*attend)(const ExpandedTile&) noexcept;
+  int64_t tile_rows;  // query rows of one task, at most kMaxTileRows
+};
+
+// ---- both ---------------------------------------------------------------------------------------
 // One row's partial results over n_parts runs of cells; part i is stride floats after part i - 1.
 struct MergeRow {
   const float* out;  // [n_parts] rows of n
@@ -94,30 +136,9 @@ struct MergeRow {
   int64_t n;
 };
 
-// out = out * start + a b, in float32.
-struct Product {
-  const float* a;  // [m, k]
-  int64_t a_row;
-  const float* b;  // [k, n], each row readable up to pad_floats(n)
-  int64_t b_row;
-  float* out;  // [m, n]
-  int64_t out_row;
-  const float* start;  // [m] factors of what is in out; null: out is only written
-  int64_t m, n, k;
-};
-
 struct AttentionTable {
-  // Logical cells [begin, end) as float32 rows: latent [., latent_row], rope [., rope_row], padded
-  // with zeros to pad_floats.
-  void (*load_cells)(const CacheCells&, int64_t begin, int64_t end, float* latent,
-                     int64_t latent_row, float* rope, int64_t rope_row) noexcept;
-  // out [n, out_row] = in [m, in_row] transposed; m is a multiple of kPadFloats, rows of in are
-  // readable and rows of out writable up to pad_floats(n).
-  void (*transpose)(const float* in, int64_t in_row, int64_t m, int64_t n, float* out,
-                    int64_t out_row) noexcept;
-  void (*product)(const Product&) noexcept;
-  AbsorbedKernel absorbed[2];  // by Precision
-  void (*expanded)(const ExpandedTile&) noexcept;
+  AbsorbedKernel absorbed[2];   // by Precision
+  ExpandedKernels expanded[2];  // by Precision
   // out [n] = the softmax-weighted values; out may be part 0 itself.
   void (*merge)(const MergeRow&, float* out) noexcept;
 };

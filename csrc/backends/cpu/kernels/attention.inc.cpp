@@ -16,7 +16,7 @@
 #include "backends/cpu/kernels/attention_tiles.inc.h"
 #include "backends/cpu/simd/simd.h"
 #if defined(MLA_ISA_AVX512BF16)
-#include "backends/cpu/kernels/attention_bf16.inc.h"
+#include "backends/cpu/kernels/attention_bf16_modes.inc.h"
 #endif
 
 namespace mla::cpu::MLA_ISA {
@@ -162,24 +162,84 @@ void absorbed(const AbsorbedTile& t) noexcept {
   }
 }
 
+// Panels are [dim][kPanelCells], but values [kPanelCells][pad(V)]; a weight is [n, pad(C)].
+ExpandedBytes expanded_bytes(const HeadDims& d) {
+  const int64_t cells = kPanelCells * (pad_floats(d.c) + pad_floats(d.r));
+  const int64_t values = kPanelCells * pad_floats(d.v);
+  const int64_t attend = kTileRows * kPanelCells;
+  int64_t room = cells > values ? cells : values;
+  room = room > attend ? room : attend;
+  const int64_t n = d.n > d.v ? d.n : d.v;
+  constexpr int64_t kPanelBytes = kPanelCells * int64_t{sizeof(float)};
+  return {pad_floats(d.c) * kPanelBytes,
+          pad_floats(d.r) * kPanelBytes,
+          pad_floats(d.n) * kPanelBytes,
+          pad_floats(d.v) * kPanelBytes,
+          pad_floats(n) * pad_floats(d.c) * int64_t{sizeof(float)},
+          room * int64_t{sizeof(float)}};
+}
+
+void expanded_cells(const CacheCells& cells, int64_t begin, int64_t end, std::byte* latent_out,
+                    std::byte* rope_out, void* room) noexcept {
+  const int64_t c = cells.latent.n;
+  const int64_t r = cells.rope.n;
+  auto* latent = static_cast<float*>(room);
+  float* rope = latent + kPanelCells * pad_floats(c);
+  load_cells(cells, begin, end, latent, pad_floats(c), rope, pad_floats(r));
+  const auto missing = static_cast<size_t>(kPanelCells - (end - begin)) * sizeof(float);
+  std::memset(latent + (end - begin) * pad_floats(c), 0,
+              missing * static_cast<size_t>(pad_floats(c)));
+  std::memset(rope + (end - begin) * pad_floats(r), 0,
+              missing * static_cast<size_t>(pad_floats(r)));
+  transpose(latent, pad_floats(c), kPanelCells, c, reinterpret_cast<float*>(latent_out),
+            kPanelCells);
+  transpose(rope, pad_floats(r), kPanelCells, r, reinterpret_cast<float*>(rope_out), kPanelCells);
+}
+
+void expanded_pack(const WeightRows& w, std::byte* weight) noexcept {
+  auto* out = reinterpret_cast<float*>(weight);
+  const int64_t row = pad_floats(w.c);
+  if (w.across) {
+    return transpose(w.rows, w.row_floats, kPadFloats, w.n, out + w.first, row);
+  }
+  for (int64_t i = 0; i < w.n_rows; ++i) {
+    std::memcpy(out + (w.first + i) * row, w.rows + i * w.row_floats,
+                static_cast<size_t>(row) * sizeof(float));
+  }
+}
+
+void expand(const ExpandTask& t) noexcept {
+  const auto* weight = reinterpret_cast<const float*>(t.weight);
+  const auto* latent = reinterpret_cast<const float*>(t.latent);
+  auto* out = reinterpret_cast<float*>(t.out);
+  auto* panel = t.values ? static_cast<float*>(t.room) : out;
+  product({weight, pad_floats(t.c), latent, kPanelCells, panel, kPanelCells, nullptr, t.n,
+           kPanelCells, t.c});
+  if (!t.values) return;
+  const int64_t row = pad_floats(t.n);
+  transpose(panel, kPanelCells, row, kPanelCells, out, row);
+}
+
 void expanded(const ExpandedTile& t) noexcept {
   static constexpr float kOnes[kTileRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
                                              1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-  const int64_t q_row = t.n + t.r;
-  const int64_t value_row = pad_floats(t.v);
-  float* scores = t.scratch;
+  const auto [dim_n, dim_r, dim_c, dim_v] = t.dims;
+  const int64_t q_row = pad_floats(dim_n) + pad_floats(dim_r);
+  const int64_t value_row = pad_floats(dim_v);
+  auto* scores = static_cast<float*>(t.scratch);
   float kept[kTileRows];
   for (int64_t cell = 0; cell < t.n_cells; cell += kPanelCells) {
     const int64_t n = t.n_cells - cell < kPanelCells ? t.n_cells - cell : kPanelCells;
-    const float* keys = t.keys + cell * pad_floats(t.n);
-    const float* rope_keys = t.rope_keys + cell * pad_floats(t.r);
-    product(
-        {t.q, q_row, keys, kPanelCells, scores, kPanelCells, nullptr, t.n_rows, kPanelCells, t.n});
-    product({t.q + t.n, q_row, rope_keys, kPanelCells, scores, kPanelCells, kOnes, t.n_rows,
-             kPanelCells, t.r});
+    const auto* keys = reinterpret_cast<const float*>(t.keys) + cell * pad_floats(dim_n);
+    const auto* rope_keys = reinterpret_cast<const float*>(t.rope_keys) + cell * pad_floats(dim_r);
+    const auto* values = reinterpret_cast<const float*>(t.values) + cell * value_row;
+    product({t.q, q_row, keys, kPanelCells, scores, kPanelCells, nullptr, t.n_rows, kPanelCells,
+             dim_n});
+    product({t.q + pad_floats(dim_n), q_row, rope_keys, kPanelCells, scores, kPanelCells, kOnes,
+             t.n_rows, kPanelCells, dim_r});
     softmax_rows(scores, kPanelCells, t.n_rows, cell, n, t.visible, t.scale, t.rows, kept);
-    product({scores, kPanelCells, t.values + cell * value_row, value_row, t.rows.out,
-             t.rows.out_row, kept, t.n_rows, t.v, n});
+    product({scores, kPanelCells, values, value_row, t.rows.out, t.rows.out_row, kept, t.n_rows,
+             dim_v, n});
   }
 }
 
@@ -212,17 +272,23 @@ void merge(const MergeRow& row, float* out) noexcept {
 }
 
 constexpr AbsorbedKernel kAbsorbed = {absorbed, absorbed_scratch_bytes, kTileRows};
+constexpr ExpandedKernels kExpanded = {expanded_bytes, expanded_cells, expanded_pack,
+                                       expand,         expanded,       kTileRows};
 #if defined(MLA_ISA_AVX512BF16)
 constexpr AbsorbedKernel kAbsorbedFast = {absorbed_pairs, absorbed_pairs_scratch_bytes,
                                           kPairTileRows};
+constexpr ExpandedKernels kExpandedFast = {expanded_pairs_bytes, expanded_pairs_cells,
+                                           expanded_pairs_pack,  expanded_pairs_expand,
+                                           expanded_pairs,       kPairTileRows};
 #else
 constexpr AbsorbedKernel kAbsorbedFast = kAbsorbed;
+constexpr ExpandedKernels kExpandedFast = kExpanded;
 #endif
 
 }  // namespace
 
 extern const AttentionTable attention_table;
-const AttentionTable attention_table = {load_cells, transpose, product, {kAbsorbedFast, kAbsorbed},
-                                        expanded,   merge};
+const AttentionTable attention_table = {
+    {kAbsorbedFast, kAbsorbed}, {kExpandedFast, kExpanded}, merge};
 
 }  // namespace mla::cpu::MLA_ISA

@@ -63,122 +63,9 @@ void pack_lanes(const float* rows, int64_t row_floats, int64_t n_rows, int64_t n
   }
 }
 
-// ---- cells --------------------------------------------------------------------------------------
-constexpr int64_t chunk_bytes(Format format) {
-  return format == Format::Q8_0 ? int64_t{sizeof(uint16_t)} + kChunk
-                                : kChunk * (format == Format::F32 ? 4 : 2);
-}
-// One chunk of a cell's row, rounded to bf16.
-template <Format format>
-inline I32 load_chunk(const std::byte* row, int64_t chunk) {
-  if constexpr (format == Format::Q8_0) {
-    const std::byte* block = row + chunk * chunk_bytes(format);
-    const float scale = f16_to_f32(load_as<uint16_t>(block));
-    const F32x16 low = scale * widen_s8(load_as<U8x16>(block + sizeof(uint16_t)));
-    const F32x16 high = scale * widen_s8(load_as<U8x16>(block + sizeof(uint16_t) + kLanes));
-    return join_pairs(low.v[0], high.v[0]);
-  } else if constexpr (format == Format::F32) {
-    const float* x = reinterpret_cast<const float*>(row) + chunk * kChunk;
-    return join_pairs(load(x), load(x + kLanes));
-  } else {
-    const uint16_t* x = reinterpret_cast<const uint16_t*>(row) + chunk * kChunk;
-    if constexpr (format == Format::BF16) return load_as<I32>(x);
-    return join_pairs(load_f16(x), load_f16(x + kLanes));
-  }
-}
-
-// Where the rows of a panel's cells come from and go. values may be null.
-struct PanelPlane {
-  const std::byte* const* rows;  // [n_cells], rounded up to an even number
-  int64_t n_cells, n;
-  Pair* keys;
-  Pair* values;
-};
-
-// The chunk of a row that ends within it: the rest is zeros.
-template <Format format>
-inline I32 load_last_chunk(const std::byte* row, int64_t chunk, int64_t n) {
-  std::byte whole[chunk_bytes(format)] = {};  // Q8_0 has whole chunks only
-  const auto n_bytes = static_cast<size_t>((n % kChunk) * chunk_bytes(format) / kChunk);
-  std::memcpy(whole, row + chunk * chunk_bytes(format), n_bytes);
-  return load_chunk<format>(whole, 0);
-}
-
-// Chunk by chunk, so that what is stored lies side by side: rows of keys are 4 KiB apart.
-template <Format format>
-void fill_panel(const PanelPlane& p) {
-  for (int64_t chunk = 0; chunk < n_chunks(p.n); ++chunk) {
-    const bool whole = (chunk + 1) * kChunk <= p.n;
-    Pair* keys = p.keys + chunk * kPanelCells * kLanes;
-    const int64_t column = chunk * kChunk;
-    Pair* values =
-        p.values + column / kOutColumns * kPanelPairs * kOutColumns + column % kOutColumns;
-    for (int64_t cell = 0; cell < p.n_cells; cell += 2, keys += kChunk, values += kOutColumns) {
-      const std::byte* a = p.rows[cell];
-      const std::byte* b = p.rows[cell + 1];
-      const I32 even =
-          whole ? load_chunk<format>(a, chunk) : load_last_chunk<format>(a, chunk, p.n);
-      const I32 odd = whole ? load_chunk<format>(b, chunk) : load_last_chunk<format>(b, chunk, p.n);
-      store_pairs(keys, even);
-      store_pairs(keys + kLanes, odd);
-      if (p.values == nullptr) continue;
-      I32 low, high;
-      zip_words(even, odd, &low, &high);
-      store_pairs(values, low);
-      store_pairs(values + kLanes, high);
-    }
-  }
-  // What is past the last chunk of a block of values' columns meets weights, and stays finite.
-  if (p.values == nullptr || n_chunks(p.n) % 2 == 0) return;
-  Pair* values = p.values + n_chunks(p.n) / 2 * kPanelPairs * kOutColumns + kChunk;
-  for (int64_t cell = 0; cell < p.n_cells; cell += 2, values += kOutColumns) {
-    store_pairs(values, I32{});
-    store_pairs(values + kLanes, I32{});
-  }
-}
-
-void fill_panel(Format format, const PanelPlane& p) {
-  if (format == Format::F16) return fill_panel<Format::F16>(p);
-  if (format == Format::BF16) return fill_panel<Format::BF16>(p);
-  if (format == Format::Q8_0) return fill_panel<Format::Q8_0>(p);
-  fill_panel<Format::F32>(p);
-}
-
-// Where the rows of a panel's cells lie, in both planes.
-struct PanelRows {
-  const std::byte* latent[kPanelCells];
-  const std::byte* rope[kPanelCells];
-  int64_t n_cells;
-};
-// Logical cells [begin, end), at most kPanelCells. Up to the next multiple of kSums, which scores
-// are computed for, cells are `zeros`: zero bytes are zeros in every format.
-void locate(const CacheCells& cells, int64_t begin, int64_t end, const std::byte* zeros,
-            PanelRows* rows) {
-  rows->n_cells = end - begin < kPanelCells ? end - begin : kPanelCells;
-  const int64_t first = cells.first_cell + begin;
-  int64_t block = first / cells.block_cells;
-  int64_t within = first % cells.block_cells;
-  for (int64_t i = 0; i < rows->n_cells; ++i) {
-    const int64_t cell = cells.blocks[block] * cells.block_cells + within;
-    rows->latent[i] = cells.latent.data + cell * cells.latent.row_bytes;
-    rows->rope[i] = cells.rope.data + cell * cells.rope.row_bytes;
-    if (++within == cells.block_cells) {
-      within = 0;
-      ++block;
-    }
-  }
-  for (int64_t i = rows->n_cells; i % kSums != 0; ++i) rows->latent[i] = rows->rope[i] = zeros;
-}
-
-// Towards the second-level cache: rows lie apart in the cache, where no prefetcher foresees them.
-inline void fetch_rows(const std::byte* const* rows, int64_t n_rows, int64_t n_bytes) {
-  for (int64_t i = 0; i < n_rows; ++i) {
-    for (int64_t j = 0; j < n_bytes; j += 64) __builtin_prefetch(rows[i] + j, 0, 2);
-  }
-}
-
 // ---- queries and cells --------------------------------------------------------------------------
-// kCells cells from `cell` on with kGroups groups of rows; done(cell, group, sum) takes the sums.
+// kCells cells from `cell` on with kGroups groups of rows; done(cell, group, sum) takes the sums
+// [kCells][kGroups].
 // Keys come in parts: panels of `chunks` chunks, which the queries have one after the other.
 struct KeyPart {
   const Pair* keys;
@@ -219,11 +106,7 @@ MLA_INLINE void cell_products(const KeyPart* parts, int n_parts, const Queries& 
       keys += kPanelCells * kLanes;
     }
   }
-#pragma GCC unroll 16
-  for (int c = 0; c < kCells; ++c) {
-#pragma GCC unroll 4
-    for (int g = 0; g < kGroups; ++g) done(cell + c, group + g, sum[c][g]);
-  }
+  done(cell, group, sum);
 }
 
 // All cells of a panel (rounded up to kSums) with all groups.
@@ -366,10 +249,16 @@ inline void add_values(const PairRows& t, const Pair* values, int64_t n_pairs, i
 // One panel of cells, of which the first is `first` as `visible` counts.
 void attend_panel(PairRows* t, const KeyPart* parts, int n_parts, const Pair* values, int64_t first,
                   int64_t n_cells, const PairScratch& scratch) {
-  panel_products(parts, n_parts, t->q, n_cells, t->n_groups,
-                 [&](int64_t cell, int64_t group, F32 sum) {
-                   store(scratch.scores + (group * kPanelCells + cell) * kLanes, sum);
-                 });
+  panel_products(
+      parts, n_parts, t->q, n_cells, t->n_groups,
+      [&]<int kCells, int kGroups>(int64_t cell, int64_t group, const F32(&sum)[kCells][kGroups]) {
+        float* scores = scratch.scores + (group * kPanelCells + cell) * kLanes;
+#pragma GCC unroll 16
+        for (int i = 0; i < kCells * kGroups; ++i) {
+          store(scores + (i % kGroups * kPanelCells + i / kGroups) * kLanes,
+                sum[i / kGroups][i % kGroups]);
+        }
+      });
   for (int64_t g = 0; g < t->n_groups; ++g) weigh(t, g, first, n_cells, scratch);
   const int64_t n_pairs = (n_cells + 1) / 2;
   for (int64_t column = 0; column < t->out_columns; column += kOutColumns) {
@@ -378,59 +267,6 @@ void attend_panel(PairRows* t, const KeyPart* parts, int n_parts, const Pair* va
                  scratch.weights);
     }
   }
-}
-
-// ---- in the latent ------------------------------------------------------------------------------
-int64_t absorbed_pairs_scratch_bytes(int64_t c, int64_t r) {
-  const int64_t pairs = query_pairs(n_chunks(c) + n_chunks(r)) + key_panel_pairs(c) +
-                        key_panel_pairs(r) + value_panel_pairs(c) + kPairScratchFloats;
-  return (pairs + (c > r ? c : r)) * int64_t{sizeof(Pair)};
-}
-
-void absorbed_pairs(const AbsorbedTile& t) noexcept {
-  const int64_t c = t.cells.latent.n;
-  const int64_t r = t.cells.rope.n;
-  const int64_t row = pad_floats(c) + pad_floats(r);
-  const int64_t chunks = n_chunks(c) + n_chunks(r);
-  auto* queries = static_cast<Pair*>(t.scratch);
-  Pair* latent = queries + query_pairs(chunks);
-  Pair* rope = latent + key_panel_pairs(c);
-  Pair* values = rope + key_panel_pairs(r);
-  Pair* weights = values + value_panel_pairs(c);
-  auto* scores = reinterpret_cast<float*>(weights + kPairTileRows * kPanelPairs);
-  auto* zeros = reinterpret_cast<std::byte*>(scores + kPairTileRows * kPanelCells);
-
-  std::memset(zeros, 0, static_cast<size_t>(c > r ? c : r) * sizeof(float));
-  PanelRows now, next;
-  locate(t.cells, t.begin, t.end, zeros, &next);
-  fetch_rows(next.latent, next.n_cells, t.cells.latent.row_bytes);
-  fetch_rows(next.rope, next.n_cells, t.cells.rope.row_bytes);
-  PairRows rows;
-  rows.n_rows = t.n_rows;
-  rows.n_groups = (t.n_rows + kLanes - 1) / kLanes;
-  rows.q = {queries, chunks * kLanes * kLanes};
-  rows.scale = t.scale;
-  rows.visible = t.visible;
-  rows.out_columns = pad_floats(c);
-  load_rows(t.rows, &rows);
-  for (int64_t g = 0; g < rows.n_groups; ++g) {
-    Pair* group = queries + g * rows.q.group_pairs;
-    const float* q = t.q + g * kLanes * row;
-    pack_lanes(q, row, t.n_rows - g * kLanes, pad_floats(c), group);
-    pack_lanes(q + pad_floats(c), row, t.n_rows - g * kLanes, pad_floats(r),
-               group + n_chunks(c) * kLanes * kLanes);
-  }
-  for (int64_t cell = t.begin; cell < t.end; cell += kPanelCells) {
-    now = next;
-    if (cell + kPanelCells < t.end) locate(t.cells, cell + kPanelCells, t.end, zeros, &next);
-    const int64_t padded = (now.n_cells + kSums - 1) / kSums * kSums;
-    fill_panel(t.cells.latent.format, {now.latent, padded, c, latent, values});
-    fill_panel(t.cells.rope.format, {now.rope, padded, r, rope, nullptr});
-    const KeyPart parts[] = {{latent, n_chunks(c), next.latent, chunk_bytes(t.cells.latent.format)},
-                             {rope, n_chunks(r), next.rope, chunk_bytes(t.cells.rope.format)}};
-    attend_panel(&rows, parts, 2, values, cell, now.n_cells, {scores, weights});
-  }
-  store_rows(rows, t.rows);
 }
 
 }  // namespace

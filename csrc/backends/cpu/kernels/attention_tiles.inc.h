@@ -57,6 +57,17 @@ inline void transpose_square(F32* v) {
 }
 
 // ---- out = out * start + a b --------------------------------------------------------------------
+struct Product {
+  const float* a;  // [m, k]
+  int64_t a_row;
+  const float* b;  // [k, n], each row readable up to pad_floats(n)
+  int64_t b_row;
+  float* out;  // [m, n]
+  int64_t out_row;
+  const float* start;  // [m] factors of what is in out; null: out is only written
+  int64_t m, n, k;
+};
+
 inline F32 load_count(const float* p, int64_t count) {
   if (count >= kLanes) return load(p);
   float lane[kLanes] = {};

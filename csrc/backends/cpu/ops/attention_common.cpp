@@ -56,7 +56,9 @@ AttentionShape attention_shape(const Node& node, const KernelTable& kernels, int
   // float32 rounding only, and the two products are some 2 % of a token's work.
   s.q_latent = head_product(kernels, k_b, attrs.k_b_transposed, Precision::exact);
   s.value = head_product(kernels, v_b, false, Precision::exact);
-  s.absorbed = kernels.attention->absorbed[static_cast<size_t>(attrs.precision)];
+  const auto precision = static_cast<size_t>(attrs.precision);
+  s.absorbed = kernels.attention->absorbed[precision];
+  s.expanded = kernels.attention->expanded[precision];
   s.n_threads = n_threads;
   return s;
 }

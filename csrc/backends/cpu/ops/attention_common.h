@@ -39,6 +39,9 @@ struct AttentionShape {
   HeadProduct q_latent;    // q_nope [N] -> latent [C], by k_b
   HeadProduct value;       // latent [C] -> value [V], by v_b
   AbsorbedKernel absorbed;
+  ExpandedKernels expanded;
+
+  HeadDims dims() const { return {n, r, c, v}; }
   int n_threads;
 };
 AttentionShape attention_shape(const Node& node, const KernelTable& kernels, int n_threads);
