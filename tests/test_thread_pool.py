@@ -83,6 +83,9 @@ def test_affinity() -> None:
         ({"n_threads": 5000}, ShapeError, "5000 threads"),
         ({"n_threads": 2, "cpus": [max(CPUS) + 1]}, DeviceError, "is not among those"),
         ({"n_threads": 2, "cpus": [-1]}, DeviceError, "CPU -1"),
+        ({"nodes": [_core.NodeShare([0], [max(CPUS) + 1], 1)]}, DeviceError, "is not among those"),
+        ({"nodes": [_core.NodeShare([0], [], 1)]}, DeviceError, "no node has CPUs"),
+        ({"nodes": [_core.NodeShare([0], CPUS, 1)] * 33}, DeviceError, "at most 32"),
     ],
 )
 def test_wrong_options(options: dict[str, object], error: type[Exception], message: str) -> None:
@@ -114,6 +117,32 @@ print(time.process_time() - before)
         [sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=True
     )
     assert float(done.stdout) < 0.1
+
+
+@pytest.mark.parametrize("n_nodes", [1, 2, 4])
+@pytest.mark.parametrize("n_threads", [1, 3, 8])
+def test_nodes_do_not_change_a_bit(n_nodes: int, n_threads: int) -> None:
+    """Made-up nodes, all with the same CPUs; one of four has none."""
+    nodes = [_core.NodeShare([0], CPUS if i < 3 else [], 1 + i) for i in range(n_nodes)]
+    pool = _core.ThreadPool(n_threads, nodes=nodes)
+    assert pool.n_nodes == n_nodes
+    assert {pool.node_of(i) for i in range(n_threads)} <= set(range(min(n_nodes, 3)))
+    want = product(_core.ThreadPool(1))
+    for _ in range(20):
+        np.testing.assert_array_equal(product(pool), want)
+
+
+def test_threads_run_on_the_cpus_of_their_node() -> None:
+    before = os.sched_getaffinity(0)
+    others = set(os.listdir("/proc/self/task"))
+    nodes = [_core.NodeShare([0], CPUS[:1], 1), _core.NodeShare([0], CPUS[:1], 1)]
+    pool = _core.ThreadPool(3, nodes=nodes)
+    np.testing.assert_array_equal(product(pool), product(_core.ThreadPool(1)))
+    assert os.sched_getaffinity(0) == before  # the caller is back where it was
+    until = time.monotonic() + 10
+    while n_pinned(others) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert n_pinned(others) == 2
 
 
 def test_callers_wait_for_each_other() -> None:

@@ -7,11 +7,11 @@ PYBIND11_MODULE(_core, m) {
   mla::bindings::register_formats(m);
   mla::bindings::register_tensor(m);
   mla::bindings::register_graph(m);
+  mla::bindings::register_numa(m);
   mla::bindings::register_backends(m);
   mla::bindings::register_device_memory(m);
   mla::bindings::register_cache(m);
   mla::bindings::register_quant(m);
   mla::bindings::register_memory(m);
-  mla::bindings::register_numa(m);
   mla::bindings::register_topology(m);
 }

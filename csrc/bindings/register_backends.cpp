@@ -175,15 +175,27 @@ py::dict measure_peak(cpu::CpuBackend& self, size_t read_bytes, int n_repeats) {
   return out;
 }
 
+int checked_node_of(const sys::ThreadPool& pool, int thread) {
+  MLA_CHECK_SHAPE(thread >= 0 && thread < pool.n_threads(), "thread pool: thread ", thread, " of ",
+                  pool.n_threads());
+  return pool.node_of(thread);
+}
+
 void register_devices(py::module_& m) {
   py::class_<sys::ThreadPool, std::shared_ptr<sys::ThreadPool>>(
       m, "ThreadPool", "Worker threads. n_threads counts the caller; 0: one per physical core.")
-      .def(py::init([](int n_threads, std::vector<int> cpus, int spin_us) {
+      .def(py::init([](int n_threads, std::vector<int> cpus, int spin_us,
+                       std::vector<sys::NodeShare> nodes) {
              return std::make_shared<sys::ThreadPool>(
-                 sys::ThreadPoolOptions{n_threads, std::move(cpus), spin_us});
+                 sys::ThreadPoolOptions{n_threads, std::move(cpus), spin_us, std::move(nodes)});
            }),
-           arg("n_threads") = 0, arg("cpus") = std::vector<int>{}, arg("spin_us") = 50)
-      .def_property_readonly("n_threads", &sys::ThreadPool::n_threads);
+           arg("n_threads") = 0, arg("cpus") = std::vector<int>{}, arg("spin_us") = 50,
+           arg("nodes") = std::vector<sys::NodeShare>{},
+           "nodes: threads are shared out among them by weight and run on their CPUs; what lies on "
+           "a node is read by its threads alone. Raises DeviceError.")
+      .def_property_readonly("n_threads", &sys::ThreadPool::n_threads)
+      .def_property_readonly("n_nodes", &sys::ThreadPool::n_nodes)
+      .def("node_of", &checked_node_of, arg("thread"), "The node, by its index, of a thread.");
   py::class_<Backend, std::shared_ptr<Backend>>(m, "Backend", "Where nodes can run.")
       .def_property_readonly("name", [](const Backend& b) { return std::string(b.name()); })
       .def_property_readonly("shares_host_memory", &Backend::shares_host_memory)

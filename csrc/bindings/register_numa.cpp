@@ -62,6 +62,18 @@ void register_node_memory(py::module_& m) {
 }  // namespace
 
 void register_numa(py::module_& m) {
+  py::class_<sys::NodeShare>(m, "NodeShare",
+                             "A part of the machine with its own part of the weights: one NUMA "
+                             "node, or several that are grouped.")
+      .def(py::init([](std::vector<int> nodes, std::vector<int> cpus, int64_t weight) {
+             return sys::NodeShare{std::move(nodes), std::move(cpus), weight};
+           }),
+           arg("nodes"), arg("cpus"), arg("weight"),
+           "nodes: where its memory lies; cpus: its CPUs, one of each core first; weight: its part "
+           "of rows and threads, cores as a rule.")
+      .def_readonly("nodes", &sys::NodeShare::nodes)
+      .def_readonly("cpus", &sys::NodeShare::cpus)
+      .def_readonly("weight", &sys::NodeShare::weight);
   register_node_memory(m);
   m.def(
       "split_rows_over_nodes",

@@ -22,9 +22,12 @@ struct NodeShare {
 };
 
 // begins [weights + 1]: part i has rows [begins[i], begins[i + 1]), in proportion to weights[i],
-// each beginning at a multiple of `granule`; begins.back() is n_rows. Parts may be empty. Throws
+// each beginning at a multiple of `granule`; the last of them is n_rows. Parts may be empty. Throws
 // ShapeError where no weight is above 0, one is below, or granule is not above 0.
 std::vector<int64_t> split_rows_over_nodes(int64_t n_rows, std::span<const int64_t> weights,
                                            int64_t granule = 1);
+// The same into given memory, [weights + 1].
+void split_rows_over_nodes(int64_t n_rows, std::span<const int64_t> weights, int64_t granule,
+                           std::span<int64_t> begins);
 
 }  // namespace mla::sys

@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import typing
 import typing_extensions
-__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'CpuPlace', 'DeviceMemory', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'NodeMemory', 'NumaNode', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Topology', 'Uploaded', 'Workspace', 'available_isas', 'available_memory_bytes', 'compiled_isas', 'copy_cells', 'dequantize', 'formats', 'is_network_fs', 'move_strays', 'page_bytes', 'pages_by_node', 'quantize', 'read_topology', 'requantize', 'rotate_rope', 'split_rows_over_nodes', 'usable_cpus', 'usable_physical_cores']
+__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'CpuPlace', 'DeviceMemory', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'NodeMemory', 'NodeShare', 'NumaNode', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Topology', 'Uploaded', 'Workspace', 'available_isas', 'available_memory_bytes', 'compiled_isas', 'copy_cells', 'dequantize', 'formats', 'is_network_fs', 'move_strays', 'page_bytes', 'pages_by_node', 'quantize', 'read_topology', 'requantize', 'rotate_rope', 'split_rows_over_nodes', 'usable_cpus', 'usable_physical_cores']
 class Tensor:
     """
     A strided view over the memory of a buffer, which it keeps alive.
@@ -128,11 +128,58 @@ class Graph:
         """
         Constant memory; any strides.
         """
+class NodeShare:
+    """
+    A part of the machine with its own part of the weights: one NUMA node, or several that are grouped.
+    """
+    def __init__(self, nodes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], cpus: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], weight: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        nodes: where its memory lies; cpus: its CPUs, one of each core first; weight: its part of rows and threads, cores as a rule.
+        """
+    @property
+    def cpus(self) -> list[int]:
+        ...
+    @property
+    def nodes(self) -> list[int]:
+        ...
+    @property
+    def weight(self) -> int:
+        ...
+class NodeMemory:
+    """
+    Anonymous memory on NUMA nodes, zero until written; a writable buffer of uint8 [n_bytes].
+    """
+    def __buffer__(self, flags: int, /) -> memoryview:
+        ...
+    def __init__(self, n_bytes: typing.SupportsInt | typing.SupportsIndex, nodes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], policy: str = 'bind', huge_pages: bool = True) -> None:
+        """
+        policy: bind (these nodes alone), prefer (while they have room) or interleave. No nodes: where it is first touched. Raises MemoryLimitError, DeviceError.
+        """
+    @property
+    def bound(self) -> bool:
+        ...
+    @property
+    def n_bytes(self) -> int:
+        ...
+    @property
+    def note(self) -> str:
+        """
+        Why it is not bound, where it is not: one sentence, or "".
+        """
 class ThreadPool:
     """
     Worker threads. n_threads counts the caller; 0: one per physical core.
     """
-    def __init__(self, n_threads: typing.SupportsInt | typing.SupportsIndex = 0, cpus: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [], spin_us: typing.SupportsInt | typing.SupportsIndex = 50) -> None:
+    def __init__(self, n_threads: typing.SupportsInt | typing.SupportsIndex = 0, cpus: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [], spin_us: typing.SupportsInt | typing.SupportsIndex = 50, nodes: collections.abc.Sequence[NodeShare] = []) -> None:
+        """
+        nodes: threads are shared out among them by weight and run on their CPUs; what lies on a node is read by its threads alone. Raises DeviceError.
+        """
+    def node_of(self, thread: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        The node, by its index, of a thread.
+        """
+    @property
+    def n_nodes(self) -> int:
         ...
     @property
     def n_threads(self) -> int:
@@ -294,27 +341,6 @@ class LoadedFile:
     @property
     def size(self) -> int:
         ...
-class NodeMemory:
-    """
-    Anonymous memory on NUMA nodes, zero until written; a writable buffer of uint8 [n_bytes].
-    """
-    def __buffer__(self, flags: int, /) -> memoryview:
-        ...
-    def __init__(self, n_bytes: typing.SupportsInt | typing.SupportsIndex, nodes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], policy: str = 'bind', huge_pages: bool = True) -> None:
-        """
-        policy: bind (these nodes alone), prefer (while they have room) or interleave. No nodes: where it is first touched. Raises MemoryLimitError, DeviceError.
-        """
-    @property
-    def bound(self) -> bool:
-        ...
-    @property
-    def n_bytes(self) -> int:
-        ...
-    @property
-    def note(self) -> str:
-        """
-        Why it is not bound, where it is not: one sentence, or "".
-        """
 class CpuPlace:
     """
     Where a logical CPU is; -1: the kernel does not tell.

@@ -7,6 +7,7 @@
 #include "backends/cpu/isa.h"
 #include "backends/cpu/ops/ops.h"
 #include "base/error.h"
+#include "sys/affinity.h"
 
 namespace mla::cpu {
 namespace {
@@ -115,6 +116,7 @@ void CpuBackend::copy(const Tensor& dst, const Tensor& src) {
 
 void CpuBackend::run(std::span<const Step> steps, const Buffer& scratch,
                      const Checkpoint& checkpoint) {
+  const sys::RunOn at_its_node(pool_->caller_cpus());
   const CpuRun run{kernels_, *pool_, scratch.data.get(), checkpoint};
   for (const Step& step : steps) {
     checkpoint();
