@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from machines import GIB_KB, Node, make_machine, sockets
 from mla_backend import _core
 from mla_backend.errors import MemoryLimitError, UsageError
-from mla_backend.numa import NodeGroup, group_nodes, plan_numa, split_weights
+from mla_backend.numa import NodeGroup, NumaPlan, group_nodes, plan_numa, settle
 
 GIB = 1 << 30
 
@@ -207,15 +208,25 @@ def test_choices_that_cannot_be(tmp_path: Path) -> None:
 # ---- what each group keeps -----------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this machine's own memory, as much as the made-up ones could have."""
+    monkeypatch.setattr(_core, "available_memory_bytes", lambda: 1 << 50)
+
+
+def shard(groups: Sequence[NodeGroup]) -> NumaPlan:
+    return NumaPlan("shard", tuple(groups))
+
+
 def test_shares_by_cores(tmp_path: Path) -> None:
-    assert split_weights(uneven(tmp_path, [8, 8]), 10 * GIB) == ([2, 2], None)
+    plan = settle(shard(uneven(tmp_path, [8, 8])), 10 * GIB, required=True)
+    assert (plan.weights, plan.notes, plan.uses_spare) == ((2, 2), (), False)
 
 
 def test_shares_by_free_memory_where_cores_do_not_fit(tmp_path: Path) -> None:
-    weights, note = split_weights(uneven(tmp_path, [12, 4]), 12 * GIB)
-    assert weights[0] / weights[1] == pytest.approx(3, rel=0.01)
-    assert note is not None
-    assert "node 0 75 %, node 1 25 %" in note
+    plan = settle(shard(uneven(tmp_path, [12, 4])), 12 * GIB, required=True)
+    assert plan.weights[0] / plan.weights[1] == pytest.approx(3, rel=0.01)
+    assert "node 0 75 %, node 1 25 %" in plan.notes[0]
 
 
 def test_spare_memory_is_used_last(tmp_path: Path) -> None:
@@ -223,14 +234,24 @@ def test_spare_memory_is_used_last(tmp_path: Path) -> None:
         Node(0, [(0, 0, 0, 0)], free_kb=4 * GIB_KB, distance=[10, 17]),
         Node(1, free_kb=16 * GIB_KB, distance=[17, 10]),
     ]
-    groups = group_nodes(_core.read_topology(make_machine(tmp_path, nodes)))
-    assert split_weights(groups, 3 * GIB) == ([1], None)
-    weights, note = split_weights(groups, 12 * GIB)
-    assert weights == [1]
-    assert note is not None
-    assert "without CPUs" in note
+    plan = shard(group_nodes(_core.read_topology(make_machine(tmp_path, nodes))))
+    assert not settle(plan, 3 * GIB, required=True).uses_spare
+    more = settle(plan, 12 * GIB, required=True)
+    assert more.uses_spare
+    assert "without CPUs" in more.notes[0]
 
 
 def test_what_fits_nowhere_names_every_node(tmp_path: Path) -> None:
-    with pytest.raises(MemoryLimitError, match=r"node 0 2.00 GiB free; node 1 1.00 GiB free"):
-        split_weights(uneven(tmp_path, [2, 1]), 3 * GIB)
+    plan = shard(uneven(tmp_path, [2, 1]))
+    text = r"node 0 2.00 GiB free; node 1 1.00 GiB free"
+    with pytest.raises(MemoryLimitError, match=text):
+        settle(plan, 3 * GIB, required=True)
+    mapped = settle(plan, 3 * GIB, required=False)
+    assert mapped.mode == "off"
+    assert re.search(text, mapped.notes[0])
+
+
+def test_limits_of_the_process_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_core, "available_memory_bytes", lambda: 2 * GIB)
+    with pytest.raises(MemoryLimitError, match=r"2\.00 GiB available to this process"):
+        settle(shard(uneven(tmp_path, [8, 8])), 3 * GIB, required=True)

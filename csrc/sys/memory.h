@@ -3,9 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
-#include <span>
 #include <string>
+
+#include "sys/parallel_read.h"
 
 namespace mla::sys {
 
@@ -18,21 +18,6 @@ int64_t available_memory_bytes(const std::string& root = "");
 // faults there wait for one round trip each, so that reading ahead with several threads is faster
 // than mapping. Throws DeviceError where the path cannot be examined.
 bool is_network_fs(const std::string& path);
-
-struct FileRange {
-  int64_t offset;
-  int64_t n_bytes;
-  std::byte* out;
-};
-
-// Called from the calling thread only, a few times per second and at the end. What it throws stops
-// the reading and leaves read_file_parallel().
-using ReadProgress = std::function<void(int64_t done_bytes, int64_t total_bytes)>;
-
-// Reads the ranges into their memory with n_threads readers (0: eight, which hides the round trips
-// of a network file system). Throws DeviceError naming the file where it ends early or fails.
-void read_file_parallel(const std::string& path, std::span<const FileRange> ranges, int n_threads,
-                        const ReadProgress& progress);
 
 // Anonymous memory, on page boundaries, zero until written. Throws MemoryLimitError.
 class Pages {
@@ -52,7 +37,9 @@ class Pages {
 // A whole file in anonymous memory.
 class LoadedFile {
  public:
-  LoadedFile(const std::string& path, int n_threads, const ReadProgress& progress);
+  // n_threads: readers, 0 for the default.
+  LoadedFile(const std::string& path, int n_threads, PageCache page_cache,
+             const ReadProgress& progress);
   const std::byte* data() const { return pages_.data(); }
   int64_t size_bytes() const { return pages_.size_bytes(); }
   const std::string& path() const { return path_; }

@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import typing
 import typing_extensions
-__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'CpuPlace', 'DeviceMemory', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'NodeMemory', 'NodeShare', 'NumaNode', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Topology', 'Uploaded', 'Workspace', 'available_isas', 'available_memory_bytes', 'compiled_isas', 'copy_cells', 'dequantize', 'formats', 'is_network_fs', 'move_strays', 'page_bytes', 'pages_by_node', 'quantize', 'read_topology', 'requantize', 'rotate_rope', 'split_rows_over_nodes', 'usable_cpus', 'usable_physical_cores']
+__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'CpuPlace', 'DeviceMemory', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'NodeMemory', 'NodeShare', 'NumaNode', 'ReadTeam', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Topology', 'Uploaded', 'Workspace', 'available_isas', 'available_memory_bytes', 'compiled_isas', 'copy_cells', 'dequantize', 'formats', 'is_network_fs', 'move_strays', 'page_bytes', 'pages_by_node', 'quantize', 'read_in_parallel', 'read_topology', 'requantize', 'rotate_rope', 'split_rows_over_nodes', 'usable_cpus', 'usable_physical_cores']
 class Tensor:
     """
     A strided view over the memory of a buffer, which it keeps alive.
@@ -327,9 +327,9 @@ class LoadedFile:
     """
     def __buffer__(self, flags: int, /) -> memoryview:
         ...
-    def __init__(self, path: str, threads: typing.SupportsInt | typing.SupportsIndex = 0, progress: collections.abc.Callable[..., typing.Any] | None = None) -> None:
+    def __init__(self, path: str, threads: typing.SupportsInt | typing.SupportsIndex = 0, progress: collections.abc.Callable[..., typing.Any] | None = None, bypass_cache: bool = False) -> None:
         """
-        threads: readers, 0 for the default. progress(done_bytes, total_bytes) is called from this thread; what it raises stops the reading.
+        threads: readers, 0 for the default. progress(done_bytes, total_bytes) is called from this thread; what it raises stops the reading. bypass_cache: leave nothing in the page cache, for files that memory cannot hold twice.
         """
     def check(self) -> None:
         """
@@ -341,6 +341,18 @@ class LoadedFile:
     @property
     def size(self) -> int:
         ...
+class ReadTeam:
+    """
+    Threads that read runs of files into memory, and stay on these CPUs.
+    """
+    def __init__(self, cpus: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [], threads: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+        """
+        cpus: none for anywhere. threads: 0 for the default.
+        """
+    def add(self, memory: typing_extensions.Buffer, out_offset: typing.SupportsInt | typing.SupportsIndex, file: typing.SupportsInt | typing.SupportsIndex, offset: typing.SupportsInt | typing.SupportsIndex, n_bytes: typing.SupportsInt | typing.SupportsIndex, n_runs: typing.SupportsInt | typing.SupportsIndex = 1, file_stride: typing.SupportsInt | typing.SupportsIndex = 0, out_stride: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+        """
+        n_runs runs of n_bytes, at equal distances in the file and in the writable buffer `memory`. Raises ShapeError outside of it.
+        """
 class CpuPlace:
     """
     Where a logical CPU is; -1: the kernel does not tell.
@@ -453,6 +465,10 @@ def pages_by_node(memory: typing_extensions.Buffer, offset: typing.SupportsInt |
 def quantize(x: numpy.typing.NDArray[numpy.float32], format: str, importance: numpy.typing.NDArray[numpy.float32] | None = None, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.typing.NDArray[numpy.uint8]:
     """
     float32 [rows, k], C-contiguous -> uint8 [rows, row_bytes], the same bytes on every machine. importance: float32 [k], how much the squared error of each column counts. 0 threads: one per core. Raises FormatError for numbers that the format cannot hold and for importance that is negative or not finite, ShapeError where k is no multiple of the block.
+    """
+def read_in_parallel(paths: collections.abc.Sequence[str], teams: collections.abc.Sequence[ReadTeam], bypass_cache: bool = False, progress: collections.abc.Callable[..., typing.Any] | None = None) -> list[typing.Any]:
+    """
+    All teams read at once. progress(done_bytes of each team) is called from this thread; what it raises stops the reading. bypass_cache: leave nothing in the page cache. Returns [(n_bytes, seconds, whether the page cache was bypassed)]. Raises DeviceError.
     """
 def read_topology(root: str = '', policy: tuple[str, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]] | None = None) -> Topology:
     """

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import psutil
 
-from mla_backend import _core, devices
+from mla_backend import _core, devices, numa
 from mla_backend.errors import MlaError
 
 #: The oldest driver for each major version of the CUDA runtime, as NVIDIA's release notes have it.
@@ -56,11 +56,41 @@ class CpuFacts:
 
 @dataclass(frozen=True)
 class NumaNode:
-    """Processors with memory of their own. ``cpus`` as the kernel writes them: "0-15,32-47"."""
+    """Memory, and the processors next to it.
+
+    Attributes:
+        cpus: as the kernel writes them: "0-15,32-47".
+        usable_cpus: those of them that the affinity mask has.
+        free_bytes: page cache counted as free.
+        may_allocate: the cpuset and the memory policy allow this process to take memory here.
+        distances: to all nodes, in their order.
+    """
 
     number: int
     cpus: str
     memory_bytes: int
+    usable_cpus: str = ""
+    free_bytes: int = 0
+    may_allocate: bool = True
+    distances: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class NumaFacts:
+    """Nodes, and how models would use them.
+
+    Attributes:
+        groups: what ``--numa shard`` splits weights over, in words.
+        mode: what ``--numa auto`` means here.
+        policy: what numactl or the like asked of this process's memory: "bind 0", "default".
+        advice: settings of the kernel that are worth a change.
+    """
+
+    nodes: tuple[NumaNode, ...]
+    groups: tuple[str, ...]
+    mode: str
+    policy: str
+    advice: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,7 +141,7 @@ class Diagnosis:
     """
 
     cpu: CpuFacts
-    numa: tuple[NumaNode, ...]
+    numa: NumaFacts
     memory_available_bytes: int
     memory_total_bytes: int
     driver: str | None
@@ -128,7 +158,7 @@ def diagnose(root: Path = Path("/")) -> Diagnosis:
     cuda, module = _cuda_build(driver, gpus)
     return Diagnosis(
         cpu=cpu,
-        numa=tuple(_numa_nodes(root)),
+        numa=_numa(root),
         memory_available_bytes=_core.available_memory_bytes(),
         memory_total_bytes=psutil.virtual_memory().total,
         driver=driver,
@@ -163,13 +193,45 @@ def _cpu_model(root: Path) -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _numa_nodes(root: Path) -> Iterator[NumaNode]:
-    top = root / "sys/devices/system/node"
-    numbers = sorted(int(path.name[4:]) for path in top.glob("node[0-9]*"))
-    for number in numbers:
-        node = top / f"node{number}"
-        found = re.search(r"MemTotal:\s*(\d+) kB", _text(node / "meminfo"))
-        yield NumaNode(number, _text(node / "cpulist").strip(), int(found[1]) << 10 if found else 0)
+def _numa(root: Path) -> NumaFacts:
+    place = "" if root == Path("/") else str(root)
+    topology = _core.read_topology(place)
+    plan = numa.plan_numa("auto", root=place)
+    mode, bound = topology.policy
+    return NumaFacts(
+        nodes=tuple(
+            NumaNode(
+                number=node.id,
+                cpus=numa.ranges([cpu.cpu for cpu in node.cpus]),
+                memory_bytes=node.total_bytes,
+                usable_cpus=numa.ranges(node.usable),
+                free_bytes=node.free_bytes,
+                may_allocate=node.may_allocate,
+                distances=tuple(node.distance),
+            )
+            for node in topology.nodes
+        ),
+        groups=tuple(group.text for group in plan.groups),
+        mode=plan.mode,
+        policy=f"{mode} {numa.ranges(bound)}".strip(),
+        advice=tuple(_numa_advice(root, plan)),
+    )
+
+
+def _numa_advice(root: Path, plan: numa.NumaPlan) -> Iterator[str]:
+    yield from plan.notes
+    if len(plan.nodes) < 2:
+        return
+    if _text(root / "proc/sys/kernel/numa_balancing").strip() not in ("", "0"):
+        yield (
+            "automatic NUMA balancing is on: it takes time to look for pages to move, and weights "
+            "are placed already; off: sysctl kernel.numa_balancing=0"
+        )
+    if "[never]" in _text(root / "sys/kernel/mm/transparent_hugepage/enabled"):
+        yield (
+            "transparent huge pages are off, which costs address translations; "
+            "on: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
+        )
 
 
 # ---- GPUs as the system shows them ---------------------------------------------------------------

@@ -10,21 +10,65 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from mla_backend import _core
 from mla_backend.gguf import GGUFFile, TensorInfo
 
+if TYPE_CHECKING:
+    from collections.abc import Buffer
+
 Progress = Callable[[str, int, int], None]
 
 _PREFETCH_STEP: Final = 64 << 20
+#: Elements that tell one tensor from another.
+HEAD_ELEMS: Final = 64
 _TABLE_ROLES: Final = ("F16", "BF16")
 
 
 #: A shard's bytes.
 _Source = _core.MappedFile | _core.LoadedFile
+
+
+@dataclass(frozen=True)
+class Part:
+    """Memory that belongs on given NUMA nodes.
+
+    Attributes:
+        label: what it is, for people.
+        nodes: where its pages belong, those of ``memory`` from ``begin`` to ``end``; empty:
+            anywhere.
+    """
+
+    label: str
+    nodes: tuple[int, ...]
+    memory: Buffer
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class PartLoad:
+    """How one group of nodes read its part.
+
+    Attributes:
+        direct: past the page cache.
+    """
+
+    label: str
+    n_bytes: int
+    seconds: float
+    direct: bool
+
+    @property
+    def text(self) -> str:
+        """``node 0: 9.80 GB in 3.1 s, 3.16 GB/s, past the page cache``."""
+        rate = self.n_bytes / self.seconds / 1e9 if self.seconds > 0 else 0.0
+        way = ", past the page cache" if self.direct else ""
+        size = self.n_bytes / 1e9
+        return f"{self.label}: {size:.2f} GB in {self.seconds:.1f} s, {rate:.2f} GB/s{way}"
 
 
 @dataclass(frozen=True)
@@ -49,30 +93,57 @@ class Weights:
         mapped_bytes: bytes of mapped shards; the kernel may drop and reread them.
         copied_bytes: anonymous memory: shards that were read, norms converted to float32.
         mapped: False where the file was read instead.
+        parts: what lies on which NUMA nodes.
+        loaded: how fast each group of nodes read its part.
     """
 
     def __init__(
         self,
+        tensors: Mapping[str, _core.Tensor],
+        sources: Sequence[_Source],
+        *,
+        mapped_bytes: int,
+        copied_bytes: int,
+        parts: Sequence[Part] = (),
+        loaded: Sequence[PartLoad] = (),
+        heads: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """``heads``: of tensors that are kept in parts, what ``head`` gives."""
+        self._sources = sources
+        self.mapped = mapped_bytes > 0
+        self.mapped_bytes = mapped_bytes
+        self.copied_bytes = copied_bytes
+        self.parts = tuple(parts)
+        self.loaded = tuple(loaded)
+        self._heads = heads or {}
+        self._tensors = {name: self._widen(tensor) for name, tensor in tensors.items()}
+
+    @classmethod
+    def of_sources(
+        cls,
         file: GGUFFile,
         infos: Mapping[str, TensorInfo],
         sources: Sequence[_Source],
+        *,
         mapped: bool,
-    ) -> None:
-        self._sources = sources
-        self._tensors: dict[str, _core.Tensor] = {}
-        self.mapped = mapped
-        shard_bytes = sum(path.stat().st_size for path in file.paths)
-        self.mapped_bytes = shard_bytes if mapped else 0
-        self.copied_bytes = 0 if mapped else shard_bytes
-        for name, info in infos.items():
-            source = sources[info.shard]
-            tensor = _core.Tensor(source, info.format, info.shape, offset_bytes=info.offset)
-            if len(info.shape) == 1 and info.format in _TABLE_ROLES:
-                tensor = self._widen(tensor)
-            self._tensors[name] = tensor
+    ) -> Weights:
+        """Where whole shards are in memory."""
+        shard_bytes = sum(file.shard_bytes)
+        return cls(
+            tensors_of(infos, sources),
+            sources,
+            mapped_bytes=shard_bytes if mapped else 0,
+            copied_bytes=0 if mapped else shard_bytes,
+            parts=[
+                Part(f"pages of {path.name}", (), source, 0, source.size)
+                for path, source in zip(file.paths, sources, strict=True)
+            ],
+        )
 
     def _widen(self, tensor: _core.Tensor) -> _core.Tensor:
         """A norm or bias of 16 bits as float32: their kernels take nothing else."""
+        if len(tensor.shape) != 1 or tensor.format not in _TABLE_ROLES:
+            return tensor
         bits = tensor.view()
         wide = (
             bits.astype(np.float32)
@@ -84,6 +155,13 @@ class Weights:
 
     def __getitem__(self, name: str) -> _core.Tensor:
         return self._tensors[name]
+
+    def head(self, name: str) -> bytes:
+        """The first elements of a weight; of quantized ones, the first bytes."""
+        tensor = self._tensors[name]
+        if name in self._heads and len(tensor.shape) > 1:
+            return self._heads[name]
+        return np.ascontiguousarray(tensor.view().reshape(-1)[:HEAD_ELEMS]).tobytes()
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -122,7 +200,7 @@ def load_weights(
     """
     if options.mmap:
         mapped = [_core.MappedFile(str(path), mlock=options.mlock) for path in file.paths]
-        return Weights(file, infos, mapped, mapped=True)
+        return Weights.of_sources(file, infos, mapped, mapped=True)
     report = on_progress or _ignore
     report("load", 0, file.n_bytes)
     sources: list[_Source] = []
@@ -131,7 +209,17 @@ def load_weights(
         sources.append(_read(path, options.threads, done, file.n_bytes, report))
         done += n_bytes
     report("load", file.n_bytes, file.n_bytes)
-    return Weights(file, infos, sources, mapped=False)
+    return Weights.of_sources(file, infos, sources, mapped=False)
+
+
+def tensors_of(
+    infos: Mapping[str, TensorInfo], sources: Sequence[_Source]
+) -> dict[str, _core.Tensor]:
+    """The tensors where they lie in their shards."""
+    return {
+        name: _core.Tensor(sources[info.shard], info.format, info.shape, offset_bytes=info.offset)
+        for name, info in infos.items()
+    }
 
 
 def upload_weights(

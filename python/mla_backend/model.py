@@ -11,8 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
 from mla_backend import _core
 from mla_backend.attention_mode import MODES, AttentionMode
 from mla_backend.cache import CACHE_TYPES, LatentCache, cache_bytes
@@ -29,12 +27,15 @@ from mla_backend.generator import (
     stream,
 )
 from mla_backend.gguf import GGUFFile, TensorInfo, read_gguf
-from mla_backend.loading import LoadOptions, Weights, load_weights, upload_weights
+from mla_backend.loading import LoadOptions, PartLoad, Weights, load_weights, upload_weights
 from mla_backend.locks import CallLock
 from mla_backend.memory import MemoryReport, check_memory, report_memory
 from mla_backend.models.inputs import Observer
+from mla_backend.node_loading import load_on_nodes
+from mla_backend.numa import NumaMode, NumaPlan, plan_numa, settle
 from mla_backend.placement import CPU, Placement, PlacementOptions
 from mla_backend.planning import LoadPlan
+from mla_backend.residency import PlacementReport, placement_report
 from mla_backend.runner import Engine, Logits, Runner
 from mla_backend.sampling import SamplingParams
 from mla_backend.session import Session
@@ -91,6 +92,8 @@ class Model:
         mmap: bool = True,
         mlock: bool = False,
         isa: str | None = None,
+        numa: NumaMode = "auto",
+        numa_nodes: str | None = None,
         n_batch: int | None = None,
         gpu_layers: int | None = None,
         cpu_moe: bool = False,
@@ -112,6 +115,10 @@ class Model:
             mmap: map the weights (files on network file systems are read all the same).
             mlock: keep mapped weights in memory; DeviceError where the system refuses.
             isa: CPU instruction set; None is MLA_CPU_ISA or the best this CPU has.
+            numa: where weights lie on a machine with several memory nodes, see ``plan_numa``:
+                "shard" splits each over the nodes, which read it there; "interleave", "off"; "auto"
+                is "shard" with several groups of nodes and memory for the weights.
+            numa_nodes: the nodes to use, as in "0-3,8"; None: those this process may use.
             n_batch: tokens of a prompt computed at a time; None is 512, on GPUs 4096.
             gpu_layers, cpu_moe, override_tensor, tensor_split: what goes where, see
                 PlacementOptions; unset: as many layers as fit on the GPUs, experts last.
@@ -132,10 +139,11 @@ class Model:
         _check_count("n_ctx", n_ctx, _MAX_POSITIONS)
         _check_count("threads", threads, _MAX_THREADS)
         _check_count("n_batch", n_batch, _MAX_POSITIONS)
-        backend = _core.CpuBackend(_core.ThreadPool(threads or 0), isa or "")
         file = read_gguf(path)
         config = config_from_gguf(file)
         infos = check_weights(config, file)
+        nodes = _plan_nodes(numa, numa_nodes, infos)
+        backend = _core.CpuBackend(_make_pool(threads, nodes), isa or "")
         options = LoadOptions(mmap=mmap, mlock=mlock, threads=threads or 4)
         devices, idle = open_devices(backend, device)
         wishes = PlacementOptions(gpu_layers, cpu_moe, override_tensor, tensor_split)
@@ -150,11 +158,14 @@ class Model:
             devices=devices,
             wishes=wishes,
             n_batch=n_batch,
+            numa=nodes,
         )
         plan.notes += [idle] if idle else []
-        if not plan.options.mmap:  # reading is long: what it would end in is known before
+        if (
+            not plan.options.mmap or plan.placed_bytes
+        ):  # reading is long: what it would end in is known before
             plan.check_memory(backend, precision)
-        weights = load_weights(file, infos, plan.options, on_progress)
+        weights = _load(plan, on_progress)
         engine = _make_engine(plan, weights, devices, precision, attention, on_progress)
         model = cls(plan, engine, devices)
         if plan.weights_fit and not plan.placement.uses_devices:
@@ -181,6 +192,7 @@ class Model:
         self._devices = devices
         self._backend = devices.cpu
         self._placement = plan.placement
+        self._numa = plan.numa
         self._host_share = plan.host_share
         self._n_batch = plan.n_batch
         self._fingerprint = _fingerprint(plan.file, plan.infos, engine.weights)
@@ -223,6 +235,24 @@ class Model:
     def placement(self) -> Placement:
         """What lies on which device."""
         return self._placement
+
+    @property
+    def numa(self) -> NumaPlan:
+        """Which nodes keep what of the weights."""
+        return self._numa
+
+    @property
+    def loaded(self) -> tuple[PartLoad, ...]:
+        """How fast each group of nodes read its weights; empty where they are mapped."""
+        return self._engine.weights.loaded
+
+    def placement_report(self, *, repair: bool = True) -> PlacementReport:
+        """Ask the kernel on which nodes weights and cache lie.
+
+        Pages that strayed are moved back, unless ``repair`` is False. Raises DeviceError where the
+        kernel does not tell.
+        """
+        return placement_report(self._engine.weights.parts, repair=repair)
 
     @property
     def isa(self) -> str:
@@ -454,6 +484,34 @@ class Model:
         self.close()
 
 
+def _plan_nodes(numa: NumaMode, choice: str | None, infos: Mapping[str, TensorInfo]) -> NumaPlan:
+    """Which nodes are used and how, if the weights have room there."""
+    n_bytes = sum(info.n_bytes for info in infos.values())
+    return settle(plan_numa(numa, choice), n_bytes, required=numa != "auto")
+
+
+def _make_pool(threads: int | None, nodes: NumaPlan) -> _core.ThreadPool:
+    """Threads next to the weights, or where the process may run."""
+    if not nodes.confines_threads:
+        return _core.ThreadPool(threads or 0)
+    n_cores = min(sum(group.n_cores for group in nodes.groups), _core.usable_physical_cores())
+    return _core.ThreadPool(threads or n_cores, nodes=nodes.shares)
+
+
+def _load(plan: LoadPlan, on_progress: Progress | None) -> Weights:
+    """Weights in memory, on their nodes where the plan has it so."""
+    if not plan.placed_bytes:
+        return load_weights(plan.file, plan.infos, plan.options, on_progress)
+    return load_on_nodes(
+        plan.file,
+        plan.infos,
+        plan.config,
+        plan.numa,
+        is_on_host=lambda name: plan.placement.of(name) == CPU,
+        on_progress=on_progress,
+    )
+
+
 def _make_engine(
     plan: LoadPlan,
     weights: Weights,
@@ -508,7 +566,6 @@ def _fingerprint(file: GGUFFile, infos: Mapping[str, TensorInfo], weights: Weigh
     digest = hashlib.blake2b(digest_size=16)
     for name, info in infos.items():
         digest.update(f"{name} {info.format} {info.shape};".encode())
-        first = weights[name].view().reshape(-1)[:64]
-        digest.update(np.ascontiguousarray(first).tobytes())
+        digest.update(weights.head(name))
     digest.update(str(file.metadata.get("general.architecture")).encode())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, get_args
 
 from mla_backend import _core
@@ -54,7 +54,15 @@ class NodeGroup:
     @property
     def label(self) -> str:
         """``node 0`` or ``nodes 0-3``."""
-        return f"node{'s' if len(self.nodes) > 1 else ''} {ranges(self.nodes)}"
+        return _label(self.nodes)
+
+    @property
+    def text(self) -> str:
+        """The group in one line."""
+        if not self.nodes:
+            return f"all memory, {self.n_cores} cores"
+        spare = f", and the memory of {_label(self.spare)}" if self.spare else ""
+        return f"{self.label}: {self.n_cores} cores, {self.free_bytes / _GIB:.1f} GiB free{spare}"
 
 
 @dataclass(frozen=True)
@@ -65,16 +73,35 @@ class NumaPlan:
         mode: what "auto" became.
         groups: parts of the machine; one at least, without nodes where the kernel shows none.
         notes: one-line statements for the user.
+        weights: in which proportion rows and threads are shared out among the groups.
+        uses_spare: whether memory without CPUs is needed.
+        is_chosen: whether the nodes were named, so that threads run on them alone.
     """
 
     mode: Literal["shard", "interleave", "off"]
     groups: tuple[NodeGroup, ...]
     notes: tuple[str, ...] = ()
+    weights: tuple[int, ...] = ()
+    uses_spare: bool = False
+    is_chosen: bool = False
 
     @property
     def nodes(self) -> tuple[int, ...]:
         """All nodes whose memory is used, ascending."""
         return tuple(sorted(node for group in self.groups for node in group.nodes))
+
+    @property
+    def confines_threads(self) -> bool:
+        """Whether threads run on the groups' CPUs only, each thread on those of its group."""
+        return self.mode == "shard" or self.is_chosen
+
+    @property
+    def shares(self) -> list[_core.NodeShare]:
+        """The groups, with threads by cores: memory may be shared out otherwise."""
+        return [
+            _core.NodeShare(list(group.nodes), list(group.cpus), group.n_cores)
+            for group in self.groups
+        ]
 
 
 def plan_numa(mode: NumaMode, choice: str | None = None, *, root: str = "") -> NumaPlan:
@@ -102,7 +129,7 @@ def plan_numa(mode: NumaMode, choice: str | None = None, *, root: str = "") -> N
             return NumaPlan("off", groups, (note,))
         several = any(len(group.nodes) > 1 for group in groups)
         mode = "shard" if len(groups) > 1 else "interleave" if several else "off"
-    return NumaPlan(mode, groups)
+    return NumaPlan(mode, groups, is_chosen=choice is not None)
 
 
 def group_nodes(topology: _core.Topology, choice: str | None = None) -> list[NodeGroup]:
@@ -135,44 +162,55 @@ def group_nodes(topology: _core.Topology, choice: str | None = None) -> list[Nod
     return [_make_group(topology, grouped, group, chosen) for group in grouped]
 
 
-def split_weights(groups: Sequence[NodeGroup], n_bytes: int) -> tuple[list[int], str | None]:
-    """Weights by which rows are shared out among groups, and a note where not by cores.
+def settle(plan: NumaPlan, n_bytes: int, *, required: bool) -> NumaPlan:
+    """The plan for weights of ``n_bytes``, which decides how they are shared out.
 
-    A group that has too little free memory for its share by cores makes all shares follow free
-    memory. Raises MemoryLimitError, with every node's numbers, where ``n_bytes`` fit nowhere.
+    Where a group has too little free memory for its share by cores, all shares follow free memory.
+    Memory without CPUs is taken last.
+
+    Args:
+        required: raise MemoryLimitError, with every node's numbers, where they do not fit; else
+            they stay mapped, and a note says why.
     """
-    cores = [group.n_cores for group in groups]
-    if _fits(groups, cores, n_bytes, spare=False):
-        return cores, None
-    for spare in (False, True):
-        weights = [_room(group, spare) >> 20 for group in groups]
-        if spare and _fits(groups, cores, n_bytes, spare=True):
-            return cores, (
+    groups = plan.groups
+    cores = tuple(group.n_cores for group in groups)
+    if plan.mode == "off":
+        return replace(plan, weights=cores)
+    free = _core.available_memory_bytes()
+    for uses_spare in (False, True):
+        rooms = [_room(group, uses_spare) for group in groups]
+        if n_bytes > min(sum(rooms), free):
+            continue
+        by_cores = plan.mode == "interleave" or all(
+            n_bytes * n <= room * sum(cores) for n, room in zip(cores, rooms, strict=True)
+        )
+        weights = cores if by_cores else tuple(room >> 20 for room in rooms)
+        notes = [] if by_cores else [_shares_text(n_bytes, groups, weights)]
+        if uses_spare:
+            notes.append(
                 f"numa: {n_bytes / _GIB:.1f} GiB of weights do not fit beside the CPUs: the rest "
                 "goes to nodes without CPUs"
             )
-        if any(weights) and _fits(groups, weights, n_bytes, spare=spare):
-            shares = ", ".join(
-                f"{group.label} {100 * weight / sum(weights):.0f} %"
-                for group, weight in zip(groups, weights, strict=True)
-            )
-            return weights, (
-                f"numa: {n_bytes / _GIB:.1f} GiB of weights are shared out by free memory, not by "
-                f"cores: {shares}"
-            )
-    raise MemoryLimitError(
+        return replace(plan, weights=weights, uses_spare=uses_spare, notes=(*plan.notes, *notes))
+    problem = (
         f"{n_bytes / _GIB:.2f} GiB of weights do not fit into the memory of the NUMA nodes: "
         + "; ".join(_room_text(group) for group in groups)
+        + f"; {free / _GIB:.2f} GiB available to this process"
     )
+    if required:
+        raise MemoryLimitError(problem)
+    note = f"numa: {problem}; they are mapped, not placed"
+    return replace(plan, mode="off", weights=cores, notes=(*plan.notes, note))
 
 
-def _fits(
-    groups: Sequence[NodeGroup], weights: Sequence[int], n_bytes: int, *, spare: bool
-) -> bool:
-    total = sum(weights)
-    return all(
-        n_bytes * weight <= _room(group, spare) * total
+def _shares_text(n_bytes: int, groups: Sequence[NodeGroup], weights: Sequence[int]) -> str:
+    shares = ", ".join(
+        f"{group.label} {100 * weight / sum(weights):.0f} %"
         for group, weight in zip(groups, weights, strict=True)
+    )
+    return (
+        f"numa: {n_bytes / _GIB:.1f} GiB of weights are shared out by free memory, not by cores: "
+        f"{shares}"
     )
 
 
@@ -184,7 +222,7 @@ def _room(group: NodeGroup, spare: bool) -> int:
 def _room_text(group: NodeGroup) -> str:
     text = f"{group.label} {group.free_bytes / _GIB:.2f} GiB free"
     if group.spare:
-        text += f", {group.spare_bytes / _GIB:.2f} on node {ranges(group.spare)} without CPUs"
+        text += f", {group.spare_bytes / _GIB:.2f} on {_label(group.spare)} without CPUs"
     return text
 
 
@@ -308,6 +346,10 @@ def _why_not(topology: _core.Topology) -> str:
         "none of them has both memory and CPUs that this process may use; "
         f"those that have: {ranges(usable) or 'none'}"
     )
+
+
+def _label(nodes: Sequence[int]) -> str:
+    return f"node{'s' if len(nodes) > 1 else ''} {ranges(nodes)}"
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -21,6 +21,7 @@ from mla_backend.memory import (
     oversize_note,
     report_memory,
 )
+from mla_backend.numa import NumaPlan
 from mla_backend.placement import CPU, PlacementOptions, Room, fitting_context, place
 from mla_backend.runner import Engine, Runner
 
@@ -41,6 +42,7 @@ class LoadPlan:
     Attributes:
         n_ctx: positions, as asked or as chosen.
         options: how weights reach memory; ``mmap`` is False on network file systems.
+        numa: which nodes keep what; with a mode other than "off" weights are read onto them.
         weights_fit: whether all weights find room in memory at once.
         n_batch: tokens of a prompt computed at a time.
         placement: what goes to which device.
@@ -63,6 +65,7 @@ class LoadPlan:
         devices: Devices,
         wishes: PlacementOptions,
         n_batch: int | None,
+        numa: NumaPlan,
     ) -> None:
         self.file = file
         self.config = config
@@ -92,22 +95,30 @@ class LoadPlan:
         self.host_share = on_cpu / config.n_layer
         if n_batch is None and not self.placement.uses_devices:
             self.n_batch = min(_CPU_BATCH, self.n_ctx)
+        self.numa = numa
         mapped = options.mmap and not any(is_stored_on_network(path) for path in file.paths)
         self.options = replace(options, mmap=mapped)
+        mapped = mapped and not self.placed_bytes
         oversize = oversize_note(file.n_bytes, active_weight_bytes(config, sizes))
         self.weights_fit = oversize is None
-        self.notes = [
-            note
-            for note in (
-                choice.note,
-                oversize if mapped else None,
-                LEGACY_NOTE if config.layout == "legacy" else None,
-                _UNLOCKED_NOTE if options.mlock and not mapped else None,
-                self.placement.text() if self.placement.uses_devices else None,
-            )
-            if note is not None
-        ]
+        notes = (
+            choice.note,
+            oversize if mapped else None,
+            LEGACY_NOTE if config.layout == "legacy" else None,
+            _UNLOCKED_NOTE if options.mlock and not mapped else None,
+            self.placement.text() if self.placement.uses_devices else None,
+            *numa.notes,
+        )
+        self.notes = [note for note in notes if note is not None]
         self._check_memory(workspace_bytes=0, widened_bytes=0)
+
+    @property
+    def placed_bytes(self) -> int:
+        """Bytes of weights that are read onto NUMA nodes: those that the CPU computes with."""
+        if self.numa.mode == "off":
+            return 0
+        on_cpu = (name for name in self.infos if self.placement.of(name) == CPU)
+        return sum(self.infos[name].n_bytes for name in on_cpu)
 
     def check_memory(self, backend: _core.CpuBackend, precision: str) -> None:
         """Refuse what does not fit, the workspace included. Raises MemoryLimitError."""
@@ -124,13 +135,15 @@ class LoadPlan:
         self._check_memory(workspace_bytes=workspace, widened_bytes=widened)
 
     def _check_memory(self, *, workspace_bytes: int, widened_bytes: int) -> None:
-        mapped = self.options.mmap
+        # What is not read onto nodes comes as whole files, mapped or not.
+        rest = 0 if self.placed_bytes and not self.placement.uses_devices else self.file.n_bytes
+        mapped = self.options.mmap or self.placed_bytes > 0
         report = report_memory(
             self.config,
             self.cache_type,
             self.n_ctx,
-            mapped_bytes=self.file.n_bytes if mapped else 0,
-            copied_bytes=widened_bytes + (0 if mapped else self.file.n_bytes),
+            mapped_bytes=rest if mapped else 0,
+            copied_bytes=widened_bytes + self.placed_bytes + (0 if mapped else rest),
             workspace_bytes=workspace_bytes,
             host_share=self.host_share,
         )
@@ -183,7 +196,7 @@ def planned_bytes(
     cache that is never written, so that it takes no memory.
     """
     mapped = [_core.MappedFile(str(path)) for path in file.paths]
-    weights = Weights(file, infos, mapped, mapped=True)
+    weights = Weights.of_sources(file, infos, mapped, mapped=True)
     engine = Engine(config, weights, _core.Workspace([backend]), precision, "auto", backend.isa)
     n_batch = min(n_batch, n_ctx)
     if cache_bytes(config, cache_type, n_ctx) > _core.available_memory_bytes():

@@ -40,6 +40,8 @@ class FakeModel:
         )
         self.isa = "baseline"
         self.n_threads = 1
+        self.numa = SimpleNamespace(mode="off", nodes=())
+        self.loaded: list[Any] = []
 
     def __enter__(self) -> FakeModel:
         return self

@@ -48,6 +48,9 @@ def test_describe() -> None:
     text = describe("prefill", 512, 4096, 100.0)
     assert text == "reading the prompt: 512 of 4096 tokens (12 %), 100 tokens/s, 36 s left"
     assert describe("load", 0, 2**30, 0.0) == "loading: 0 bytes of 1.0 GiB (0 %)"
+    parts = {"node 0": 2.0**31, "node 1": 2.0**30}
+    text = describe("load", 2**30, 2**32, 3 * 2.0**30, parts)
+    assert text.endswith("3.0 GiB/s, 1 s left (node 0 2.0 GiB/s, node 1 1.0 GiB/s)")
 
 
 class Terminal(StringIO):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli.conftest import Cli
+from machines import Node, make_machine, sockets
 from mla_backend import _core, devices, diagnosis
 from mla_backend.errors import DeviceError
+from small_models import small_model
 
 Gpu = tuple[str, tuple[int, int]]  # name, capability
 H200: Gpu = ("NVIDIA H200", (9, 0))
@@ -201,11 +203,44 @@ def test_kernel_files_where_the_tool_is_missing(
     assert found.driver == "535.104.05"
     assert [gpu.name for gpu in found.gpus] == ["NVIDIA A10"]
     assert found.cpu.model == "Some CPU"
-    assert [(n.number, n.cpus, n.memory_bytes) for n in found.numa] == [
+    assert [(n.number, n.cpus, n.memory_bytes) for n in found.numa.nodes] == [
         (0, "0-3", 1 << 20),
         (1, "1-4", 1 << 20),
         (10, "10-13", 1 << 20),
     ]
+
+
+def test_numa_nodes(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [
+        *(replace(node, distance=[*node.distance, 14]) for node in sockets(2, 2, 4, lambda *_: 12)),
+        Node(4, total_kb=8 << 20, free_kb=4 << 20, distance=[14, 14, 14, 14, 10]),
+    ]
+    make_machine(tmp_path, nodes, allowed_cpus="0-7,16-23", allowed_nodes="0,2-4")
+    write(tmp_path / "proc/sys/kernel/numa_balancing", "1\n")
+    write(tmp_path / "sys/kernel/mm/transparent_hugepage/enabled", "always madvise [never]\n")
+    found = diagnosis.diagnose(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(diagnosis, "diagnose", lambda: found)
+        out = cli("doctor").out
+    assert (
+        "numa:    node 0: CPUs 0-3,16-19, 64.0 GiB, 60.0 GiB free, distances 10 12 32 32 14\n"
+        in out
+    )
+    assert "node 1: CPUs 4-7,20-23, 64.0 GiB, not for this process" in out
+    assert "node 2: CPUs 8-11,24-27 (none usable), 64.0 GiB, 60.0 GiB free" in out
+    assert "node 4: CPUs none, 8.0 GiB, 4.0 GiB free" in out
+    assert "memory policy of this process: default" in out
+    assert "group of node 0: 8 cores, 60.0 GiB free, and the memory of nodes 2-4" in out
+    assert "--numa auto is off here" in out
+    assert "sysctl" not in out  # one node has nothing to balance
+    both = make_machine(tmp_path / "both", sockets(2, 1, 4, lambda *_: 10))
+    write(tmp_path / "both/proc/sys/kernel/numa_balancing", "1\n")
+    write(tmp_path / "both/sys/kernel/mm/transparent_hugepage/enabled", "always madvise [never]\n")
+    advice = diagnosis.diagnose(Path(both)).numa.advice
+    assert [text.rpartition("on: ")[2] for text in advice[1:]] == [
+        "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
+    ]
+    assert "sysctl kernel.numa_balancing=0" in advice[0]
 
 
 @pytest.mark.parametrize(
@@ -271,3 +306,28 @@ def test_devices_that_cannot_be_used_are_left_out(
     old = with_module(FakeModule(problem="the driver is old"))
     with pytest.raises(DeviceError, match="device 'cuda': the driver is old"):
         devices.open_devices(old, "cuda")
+
+
+# ---- where a model lies --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("numa", ["off", "shard", "interleave"])
+def test_placement(cli: Cli, numa: str) -> None:
+    result = cli("doctor", "--placement", small_model(), "--numa", numa)
+    if "does not tell the nodes of pages" in result.err:
+        pytest.skip(result.err)
+    assert (result.status, result.err) == (0, "")
+    assert f"numa: {numa}\n" in result.out
+    assert "100.00 % of all pages lie where they belong" in result.out
+    assert ("GB/s" in result.out) == (numa != "off")
+    found = json.loads(cli("doctor", "--placement", small_model(), "--numa", numa, "--json").out)
+    assert found["mode"] == numa
+    assert found["local_share"] == 1.0
+    assert sum(found["node_bytes"].values()) > 100_000
+    assert all(part["n_local"] == part["n_pages"] for part in found["parts"])
+
+
+def test_placement_of_no_model(cli: Cli, tmp_path: Path) -> None:
+    result = cli("doctor", "--placement", tmp_path / "missing.gguf")
+    assert result.status == 1
+    assert "missing.gguf" in result.err

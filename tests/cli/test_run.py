@@ -96,7 +96,7 @@ def test_model_options_arrive(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None
         *["run", "a.gguf", "-p", "x", "-c", "64", "-t", "3", "-ctk", "q8_0", "-b", "32"],
         *["--no-mmap", "--mlock", "--precision", "exact", "--attention", "expanded"],
         *["--isa", "avx2", "--kv-file", "kv", "--device", "cpu", "-ngl", "3", "--cpu-moe"],
-        *["-ot", "a=b=cpu", "-ts", "3,1"],
+        *["-ot", "a=b=cpu", "-ts", "3,1", "--numa", "shard", "--numa-nodes", "0-3"],
     )
     seen.pop("on_progress")
     assert seen == {
@@ -116,6 +116,8 @@ def test_model_options_arrive(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None
         "cpu_moe": True,
         "override_tensor": [("a=b", "cpu")],
         "tensor_split": [3.0, 1.0],
+        "numa": "shard",
+        "numa_nodes": "0-3",
     }
 
 

@@ -65,6 +65,11 @@ class Console:
         if not self._quiet:
             self._line(text)
 
+    @property
+    def is_verbose(self) -> bool:
+        """Whether ``detail`` shows anything."""
+        return self._verbose
+
     def detail(self, text: str) -> None:
         """A line on stderr that only ``--verbose`` shows."""
         if self._verbose:

@@ -4,28 +4,63 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .console import write_json, write_stdout
-from .options import DebugOptions, JsonOptions
+from .loading import placement_lines
+from .options import DebugOptions, JsonOptions, PlacementOptions
+from .progress import ProgressReporter
 from .units import bytes_text
 
 if TYPE_CHECKING:
-    from ..diagnosis import CpuFacts, Diagnosis, SystemGpu
+    from ..diagnosis import CpuFacts, Diagnosis, NumaFacts, NumaNode, SystemGpu
 
 Line = tuple[str, str]
 
 
-def doctor(output: JsonOptions, debug: DebugOptions) -> None:
-    """Show the CPU, the GPUs and the driver, what was built, and what can be used."""
+def doctor(model: PlacementOptions, output: JsonOptions, debug: DebugOptions) -> None:
+    """Show the CPU, its memory nodes, the GPUs, what was built, and what can be used."""
     from ..diagnosis import diagnose
 
+    if model.placement is not None:
+        _show_placement(model.placement, model, output)
+        return
     found = diagnose()
     if output.as_json:
         write_json(asdict(found))
         return
     lines = [*_host_lines(found), *_cuda_lines(found), *_device_lines(found)]
     write_stdout("".join(f"{name + ':' if name else '':8} {text}\n" for name, text in lines))
+
+
+def _show_placement(path: Path, options: PlacementOptions, output: JsonOptions) -> None:
+    from ..model import Model
+
+    progress = ProgressReporter(enabled=not output.as_json)
+    loading = Model.load(
+        path,
+        device="cpu",
+        numa=options.numa.value,
+        numa_nodes=options.numa_nodes,
+        on_progress=progress,
+    )
+    with loading as model:
+        progress.clear()
+        report = model.placement_report()
+        if output.as_json:
+            facts = {"mode": model.numa.mode, "notes": model.notes}
+            more = {"local_share": report.local_share, "node_bytes": report.node_bytes}
+            loads = [asdict(load) for load in model.loaded]
+            write_json({**facts, **asdict(report), **more, "loads": loads})
+            return
+        lines = [
+            f"numa: {model.numa.mode}",
+            *(f"note: {note}" for note in model.numa.notes),
+            *(load.text for load in model.loaded),
+            *placement_lines(report),
+        ]
+        write_stdout("".join(f"{line}\n" for line in lines))
 
 
 def _host_lines(found: Diagnosis) -> Iterator[Line]:
@@ -37,18 +72,39 @@ def _host_lines(found: Diagnosis) -> Iterator[Line]:
     lacking = [isa for isa in cpu.compiled_isas if isa not in cpu.available_isas]
     if lacking:
         yield "", f"built, but not of this CPU: {', '.join(lacking)}"
-    for node in found.numa:
-        yield (
-            "" if node.number else "numa",
-            f"node {node.number}: CPUs {node.cpus or 'none'}, {bytes_text(node.memory_bytes)}",
-        )
-    if not found.numa:
-        yield "numa", "not shown by this kernel"
+    yield from _numa_lines(found.numa)
     yield (
         "memory",
         f"{bytes_text(found.memory_available_bytes)} available to this process, "
         f"{bytes_text(found.memory_total_bytes)} in all",
     )
+
+
+def _numa_lines(numa: NumaFacts) -> Iterator[Line]:
+    for index, node in enumerate(numa.nodes):
+        yield "" if index else "numa", _node(node)
+    if not numa.nodes:
+        yield "numa", "not shown by this kernel"
+    if len(numa.nodes) < 2:
+        return
+    yield "", f"memory policy of this process: {numa.policy}"
+    yield "", f"--numa auto is {numa.mode} here; nodes of a socket at distance 15 or less are one"
+    for group in numa.groups:
+        yield "", f"group of {group}"
+    for text in numa.advice:
+        yield "", text
+
+
+def _node(node: NumaNode) -> str:
+    text = f"node {node.number}: CPUs {node.cpus or 'none'}"
+    if node.usable_cpus != node.cpus:
+        text += f" ({node.usable_cpus or 'none'} usable)"
+    text += f", {bytes_text(node.memory_bytes)}"
+    if node.may_allocate:
+        text += f", {bytes_text(node.free_bytes)} free"
+    elif node.memory_bytes:
+        text += ", not for this process"
+    return text + (f", distances {' '.join(map(str, node.distances))}" if node.distances else "")
 
 
 def _cores(cpu: CpuFacts) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from .units import bytes_text
 
 if TYPE_CHECKING:
     from ..model import Model
+    from ..residency import PlacementReport
 
 
 def load_model(
@@ -38,7 +40,10 @@ def load_model(
     console.progress.clear()
     console.notes(model.notes)
     console.detail(memory_text(model))
+    for load in model.loaded:
+        console.detail(load.text)
     console.detail(f"threads: {model.n_threads}, instruction set: {model.isa}")
+    show_placement(model, console)
     return model
 
 
@@ -61,6 +66,27 @@ def memory_text(model: Model) -> str:
     )
 
 
+def show_placement(model: Model, console: Console) -> None:
+    """Where weights and cache lie, of a model that has nodes to lie on."""
+    if console.is_verbose and len(model.numa.nodes) > 1:
+        for line in placement_lines(model.placement_report()):
+            console.detail(line)
+
+
+def placement_lines(report: PlacementReport) -> Iterator[str]:
+    """One line for each part, one for each node, one for all."""
+    for part in report.parts:
+        yield (
+            f"{part.label}: {bytes_text(part.n_bytes)}, {100 * part.local_share:.1f} % there"
+            + (f", {part.n_strays} pages strayed" if part.n_strays else "")
+            + (f", {part.n_moved} moved back" if part.n_moved else "")
+            + (f", {bytes_text(part.absent_bytes)} not touched yet" if part.absent_bytes else "")
+        )
+    for node, n_bytes in sorted(report.node_bytes.items()):
+        yield f"node {node}: {bytes_text(n_bytes)}"
+    yield f"{100 * report.local_share:.2f} % of all pages lie where they belong"
+
+
 def model_facts(model: Model, context: ContextOptions, options: ModelOptions) -> dict[str, object]:
     """The model and how it is computed, for JSON."""
     config = model.config
@@ -78,4 +104,5 @@ def model_facts(model: Model, context: ContextOptions, options: ModelOptions) ->
         "attention": options.attention.value,
         "isa": model.isa,
         "n_threads": model.n_threads,
+        "numa": model.numa.mode,
     }

@@ -45,8 +45,38 @@ class Layout(Enum):
     legacy = "legacy"
 
 
+class Numa(StrEnum):
+    """Where weights lie on a machine with several memory nodes."""
+
+    auto = "auto"
+    shard = "shard"
+    interleave = "interleave"
+    off = "off"
+
+
 def _option(*names: str, panel: str | None = None, **more: Any) -> Any:
     return typer.Option(*names, rich_help_panel=panel, **more)
+
+
+_NumaOption = Annotated[
+    Numa,
+    _option(
+        "--numa",
+        panel=_MODEL,
+        help="shard splits weights over memory nodes, each read by its own threads; auto does "
+        "where there are several.",
+    ),
+]
+_NumaNodesOption = Annotated[
+    str | None,
+    _option(
+        "--numa-nodes",
+        metavar="LIST",
+        panel=_MODEL,
+        show_default=False,
+        help="Nodes to use, as in 0-3,8; with / between groups, 0,1/2,3.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -222,6 +252,8 @@ class ModelOptions:
     mlock: Annotated[
         bool, _option("--mlock", panel=_MODEL, help="Keep the mapped weights in memory.")
     ] = False
+    numa: _NumaOption = Numa.auto
+    numa_nodes: _NumaNodesOption = None
     kv_file: Annotated[
         Path | None,
         _option(
@@ -258,7 +290,27 @@ class ModelOptions:
             "cpu_moe": self.cpu_moe,
             "override_tensor": pairs,
             "tensor_split": split,
+            "numa": self.numa.value,
+            "numa_nodes": self.numa_nodes,
         }
+
+
+@dataclass(frozen=True)
+class PlacementOptions:
+    """A model to be loaded for a look at where it lies."""
+
+    placement: Annotated[
+        Path | None,
+        _option(
+            "--placement",
+            metavar="MODEL",
+            readable=False,
+            show_default=False,
+            help="Load this model and show on which memory nodes it lies.",
+        ),
+    ] = None
+    numa: _NumaOption = Numa.auto
+    numa_nodes: _NumaNodesOption = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from .units import bytes_text, duration_text, rate_text
@@ -21,6 +22,8 @@ _TITLES = {
     "text": "reading the text",
     "bench": "measuring",
 }
+# Groups of memory nodes load side by side: "load node 0" is reported before the whole.
+_PART_OF_LOAD = "load "
 # Phases shorter than this show nothing.
 _BAR_DELAY_S = 0.3
 _LINE_DELAY_S = 2.0
@@ -28,7 +31,7 @@ _LINE_INTERVAL_S = 5.0
 
 
 class _Display(Protocol):
-    def show(self, phase: str, done: int, total: int, seconds: float, rate: float) -> None: ...
+    def show(self, text: str, done: int, total: int, seconds: float) -> None: ...
 
     def clear(self) -> None: ...
 
@@ -44,12 +47,17 @@ class ProgressReporter:
         self._started_s = 0.0
         self._first_done = 0
         self._last_done = 0
+        self._parts: dict[str, float] = {}  # rates of groups of nodes, by their names
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Report ``done`` of ``total`` units of a phase; another phase or total begins anew."""
         if self._display is None:
             return
         now = time.monotonic()
+        if phase.startswith(_PART_OF_LOAD):
+            seconds = now - self._started_s if self._phase else 0.0
+            self._parts[phase.removeprefix(_PART_OF_LOAD)] = done / seconds if seconds else 0.0
+            return
         if self._phase != (phase, total) or done < self._last_done:
             self._display.clear()
             self._phase, self._started_s, self._first_done = (phase, total), now, done
@@ -59,17 +67,24 @@ class ProgressReporter:
         if done >= total:
             self.clear()
         else:
-            self._display.show(phase, done, total, seconds, rate)
+            text = describe(phase, done, total, rate, self._parts if phase == "load" else {})
+            self._display.show(text, done, total, seconds)
 
     def clear(self) -> None:
         """Take what is shown away; the next call begins a phase."""
         if self._display is not None:
             self._display.clear()
         self._phase = None
+        self._parts.clear()
 
 
-def describe(phase: str, done: int, total: int, rate: float) -> str:
-    """``reading the prompt: 512 of 4096 tokens (12 %), 95.3 tokens/s, 38 s left``."""
+def describe(
+    phase: str, done: int, total: int, rate: float, parts: Mapping[str, float] | None = None
+) -> str:
+    """``reading the prompt: 512 of 4096 tokens (12 %), 95.3 tokens/s, 38 s left``.
+
+    ``parts``: rates of parts that run side by side, by their names.
+    """
     unit = _UNITS.get(phase, "steps")
     if unit == "bytes":
         amounts = f"{bytes_text(done)} of {bytes_text(total)}"
@@ -79,7 +94,8 @@ def describe(phase: str, done: int, total: int, rate: float) -> str:
     if rate > 0:
         left = duration_text((total - done) / rate)
         text += f", {rate_text(rate, unit)}, {left} left"
-    return text
+    shown = [f"{name} {rate_text(rate, unit)}" for name, rate in (parts or {}).items() if rate > 0]
+    return text + (f" ({', '.join(shown)})" if shown else "")
 
 
 class _Lines:
@@ -88,10 +104,10 @@ class _Lines:
     def __init__(self) -> None:
         self._next_s = _LINE_DELAY_S
 
-    def show(self, phase: str, done: int, total: int, seconds: float, rate: float) -> None:
+    def show(self, text: str, done: int, total: int, seconds: float) -> None:
         if seconds >= self._next_s:
             self._next_s = seconds + _LINE_INTERVAL_S
-            sys.stderr.write(describe(phase, done, total, rate) + "\n")
+            sys.stderr.write(text + "\n")
             sys.stderr.flush()
 
     def clear(self) -> None:
@@ -110,9 +126,9 @@ class _Bar:
         self._bar: Progress | None = None
         self._state = ("", 0, 0)  # description, done, total
 
-    def show(self, phase: str, done: int, total: int, seconds: float, rate: float) -> None:
+    def show(self, text: str, done: int, total: int, seconds: float) -> None:
         with self._lock:
-            self._state = (describe(phase, done, total, rate), done, total)
+            self._state = (text, done, total)
             if self._bar is not None:
                 self._update(self._bar)
             elif self._timer is None:

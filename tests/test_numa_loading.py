@@ -1,0 +1,171 @@
+"""Weights read onto nodes: the same bits come out, however many nodes are made up."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mla_backend import Model, _core, model, node_loading
+from mla_backend.errors import DeviceError, MemoryLimitError, UsageError
+from mla_backend.numa import NodeGroup, NumaPlan
+from small_models import small_model
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+GIB = 1 << 30
+MakeUp = Callable[..., None]
+
+
+def first_node() -> tuple[int, ...]:
+    nodes = [node.id for node in _core.read_topology().nodes if node.may_allocate]
+    return tuple(nodes[:1])
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> MakeUp:
+    """Makes ``Model.load`` see groups of so many cores, all of which are the same node."""
+
+    def use(*n_cores: int, mode: str = "shard", free_bytes: int = GIB) -> None:
+        cpus = tuple(_core.usable_cpus())
+        groups = tuple(NodeGroup(first_node(), (), cpus, cores, free_bytes, 0) for cores in n_cores)
+        plan = NumaPlan(mode, groups)  # type: ignore[arg-type]
+        monkeypatch.setattr(model, "plan_numa", lambda *_: plan)
+
+    return use
+
+
+def logits(path: Path, **options: Any) -> bytes:
+    with Model.load(path, n_ctx=64, device="cpu", **options) as loaded:
+        return loaded.logits(PROMPT).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("shape", "type", "layout", "changes"),
+    [
+        ("tiny-v2", "f32", "split", {}),
+        ("tiny-v2", "q4_k", "split", {"tied": True}),
+        ("tiny-v3", "q8_0", "split", {}),
+        ("tiny-v2", "bf16", "legacy", {}),
+    ],
+)
+def test_same_bits(
+    made_up: MakeUp, shape: str, type: str, layout: str, changes: dict[str, Any]
+) -> None:
+    path = small_model(shape, type, layout, **changes)
+    expected = logits(path, numa="off")
+    for n_cores in ((1,), (1, 1), (3, 1), (1, 2, 1, 1)):
+        for threads in (1, 3):
+            made_up(*n_cores)
+            assert logits(path, numa="shard", threads=threads) == expected, n_cores
+    made_up(1, 1, mode="interleave")
+    assert logits(path, numa="interleave") == expected
+
+
+def test_split_files(made_up: MakeUp) -> None:
+    path = small_model("tiny-v2", "q8_0", shards=3)
+    expected = logits(small_model("tiny-v2", "q8_0"), numa="off")
+    made_up(2, 1)
+    assert logits(path, numa="shard") == expected
+
+
+@pytest.mark.parametrize("free_bytes", [0, GIB])
+def test_past_the_page_cache(
+    made_up: MakeUp, monkeypatch: pytest.MonkeyPatch, free_bytes: int
+) -> None:
+    path = small_model()
+    expected = logits(path, numa="off")
+    made_up(1, 1)
+    asked: list[bool] = []
+    read = _core.read_in_parallel
+
+    def spy(paths: Any, teams: Any, bypass_cache: bool, progress: Any) -> Any:
+        asked.append(bypass_cache)
+        return read(paths, teams, bypass_cache, progress)
+
+    monkeypatch.setattr(_core, "read_in_parallel", spy)
+    once = path.stat().st_size
+    monkeypatch.setattr(node_loading, "_free_bytes", lambda: once * 3 // 2 + free_bytes)
+    assert logits(path, numa="shard") == expected
+    assert asked == [free_bytes == 0]
+
+
+def test_sessions_know_the_model_again(made_up: MakeUp, tmp_path: Path) -> None:
+    path = small_model("tiny-v3", "q4_k")
+    with Model.load(path, n_ctx=64, numa="off", device="cpu") as mapped:
+        mapped.generate(PROMPT, max_tokens=3, temperature=0)
+        mapped.save_session(tmp_path / "saved")
+    made_up(2, 1)
+    with Model.load(path, n_ctx=64, numa="shard", device="cpu") as placed:
+        placed.load_session(tmp_path / "saved")
+
+
+def test_what_is_said_of_it(made_up: MakeUp) -> None:
+    made_up(1, 1)
+    path = small_model()
+    seen: dict[str, list[tuple[int, int]]] = {}
+
+    def progress(phase: str, done: int, total: int) -> None:
+        seen.setdefault(phase, []).append((done, total))
+
+    with Model.load(path, n_ctx=64, numa="shard", device="cpu", on_progress=progress) as loaded:
+        assert loaded.numa.mode == "shard"
+        assert [load.n_bytes for load in loaded.loaded] == [
+            total for _, total in seen[f"load node {first_node()[0]}"][-2:]
+        ]
+        assert seen["load"][-1][0] == seen["load"][-1][1] > 0
+        memory = loaded.memory
+        assert memory.weights_mapped_bytes == 0
+        assert memory.weights_copied_bytes >= sum(load.n_bytes for load in loaded.loaded)
+        assert "GB/s" in loaded.loaded[0].text
+
+
+def test_where_it_lies(made_up: MakeUp) -> None:
+    made_up(1, 1)
+    with Model.load(small_model(), n_ctx=64, numa="shard", device="cpu") as loaded:
+        try:
+            report = loaded.placement_report()
+        except DeviceError as error:
+            pytest.skip(str(error))
+        assert report.n_strays == 0
+        assert report.local_share == 1.0
+        assert set(report.node_bytes) == set(first_node())
+
+
+def test_too_little_memory(made_up: MakeUp) -> None:
+    path = small_model()
+    made_up(1, 1, free_bytes=1 << 10)
+    with pytest.raises(MemoryLimitError, match="do not fit into the memory of the NUMA nodes"):
+        Model.load(path, n_ctx=64, numa="shard", device="cpu")
+    with Model.load(path, n_ctx=64, device="cpu") as loaded:
+        assert loaded.numa.mode == "off"
+        assert any("they are mapped, not placed" in note for note in loaded.notes)
+
+
+def test_wrong_values() -> None:
+    with pytest.raises(UsageError, match="numa 'mirror'; accepted are auto, shard"):
+        Model.load(small_model(), numa="mirror")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="no node 99"):
+        Model.load(small_model(), numa_nodes="99")
+
+
+def test_parts_are_whole() -> None:
+    """Every row belongs to one part, heads are not cut, and expert rows are multiples of 16."""
+    from mla_backend.config import config_from_gguf
+    from mla_backend.gguf import read_gguf
+    from mla_backend.weights import declare
+
+    config = config_from_gguf(read_gguf(small_model("tiny-v3")))
+    for spec in declare(config):
+        split = node_loading.split_tensor(spec.role, spec.shape, [5, 3, 1], config)
+        if spec.role in ("norm", "router_bias", "embedding"):
+            assert split is None
+            continue
+        assert split is not None
+        assert split.axis == (1 if spec.role == "experts" else 0)
+        assert split.begins[0] == 0
+        assert split.begins[-1] == spec.shape[split.axis]
+        assert all(a <= b for a, b in itertools.pairwise(split.begins))
+        if spec.role in ("linear", "experts"):
+            assert all(begin % 16 == 0 for begin in split.begins[:-1])
