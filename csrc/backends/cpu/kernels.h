@@ -28,7 +28,8 @@ struct MatmulTile {
   const std::byte* const* x;  // [n_x] packed rows
   float* const* y;            // [n_x] output rows; y[i][n] is written (or added to)
   int n_x;
-  bool accumulate;  // add to y instead of writing
+  bool accumulate;            // add to y instead of writing
+  std::byte* room = nullptr;  // a thread's own, 64-byte aligned; only slabs need one
 };
 using MatmulKernel = void (*)(const MatmulTile&) noexcept;
 
@@ -49,6 +50,18 @@ struct MatmulTable {
   size_t (*packed_bytes)(Packing, int64_t k) noexcept;
   // Row of any weight format -> float32, n_elems a multiple of the block.
   void (*decode)(Format, const std::byte* row, int64_t n_elems, float* out) noexcept;
+};
+
+// For many rows of x: kSlabGranule rows of w at a time are unpacked to the thread's room and meet
+// all of them. Worth it from kSlabRowsX rows of x on: up to there unpacking costs more than it
+// saves.
+inline constexpr int64_t kSlabGranule = 32;
+inline constexpr int64_t kSlabMinRows = 8;
+struct SlabTable {
+  MatmulKernel rows[kFormatCount];  // fast precision; null where there is none
+  PackRow pack;
+  size_t (*packed_bytes)(int64_t k) noexcept;
+  size_t room_bytes;  // MatmulTile::room
 };
 
 // ---- row-wise ops ---------------------------------------------------------------------------
@@ -112,6 +125,7 @@ struct ProbeTable {
 struct KernelTable {
   std::string_view isa;
   const MatmulTable* matmul;
+  const SlabTable* slab;
   const RowTable* row;
   const AttentionTable* attention;
   const EncodeTable* encode;

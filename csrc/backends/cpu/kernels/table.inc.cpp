@@ -7,6 +7,7 @@
 namespace mla::cpu::MLA_ISA {
 
 extern const MatmulTable matmul_table;
+extern const SlabTable slab_table;
 extern const RowTable row_table;
 extern const AttentionTable attention_table;
 extern const EncodeTable encode_table;
@@ -15,6 +16,7 @@ extern const ProbeTable probe_table;
 extern const KernelTable kernel_table;
 const KernelTable kernel_table = {MLA_TEXT(MLA_ISA) + sizeof("isa_") - 1,
                                   &matmul_table,
+                                  &slab_table,
                                   &row_table,
                                   &attention_table,
                                   &encode_table,

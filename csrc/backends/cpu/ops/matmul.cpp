@@ -11,6 +11,13 @@
 namespace mla::cpu {
 namespace {
 
+// Rows of x that meet one matrix of w.
+int64_t rows_of_matrix(const Layout& x, const Layout& w) {
+  const auto& ex = x.shape.extent;
+  const auto& ew = w.shape.extent;
+  return ex[0] * ex[1] * ex[2] / std::max<int64_t>(ew[0] * ew[1], 1);
+}
+
 struct Matmul {
   Shape x_shape, w_shape;
   WeightReader reader;
@@ -22,21 +29,21 @@ struct Matmul {
   sys::RowSplit columns;
   std::byte* room;  // room_bytes() for each thread
 
-  Matmul(const Layout& x, const Layout& w, const MatmulAttrs& attrs, const MatmulTable& table,
+  Matmul(const Layout& x, const Layout& w, const MatmulAttrs& attrs, const KernelTable& kernels,
          int n_threads, Carver& carver)
       : x_shape(x.shape),
         w_shape(w.shape),
-        reader(WeightReader::plan(w, attrs, table)),
-        rows(x, reader, table, carver) {
+        reader(WeightReader::plan(w, attrs, kernels, rows_of_matrix(x, w))),
+        rows(x, reader, carver) {
     const auto& ex = x.shape.extent;
     const auto& ew = w.shape.extent;
     ratio0 = ex[0] / std::max<int64_t>(ew[0], 1);
     ratio1 = ex[1] / std::max<int64_t>(ew[1], 1);
-    rows_per_matrix = ratio0 * ratio1 * ex[2];
-    rows_per_tile = tile_rows(rows.row_bytes(), rows_per_matrix);
+    rows_per_matrix = rows_of_matrix(x, w);
+    rows_per_tile = tile_rows(reader, rows_per_matrix, n_threads);
     tiles_per_matrix = (rows_per_matrix + rows_per_tile - 1) / rows_per_tile;
     columns = split_columns(reader, std::min(rows_per_tile, rows_per_matrix), n_threads, reader.n);
-    room = carver.take<std::byte>(n_threads * reader.room_bytes(table));
+    room = carver.take<std::byte>(n_threads * reader.room_bytes);
   }
 
   int64_t n_chunks() const {
@@ -51,7 +58,7 @@ void copy_residual(const std::byte* row, int64_t stride, int64_t n_begin, int64_
   }
 }
 
-void run_chunk(const Matmul& op, const Step& step, const CpuRun& run, int64_t chunk, int thread) {
+void run_chunk(const Matmul& op, const Step& step, int64_t chunk, int thread) {
   const Tensor& w = step.in[1];
   const Tensor& residual = step.in[2];
   const int64_t n_chunk = chunk % op.columns.n_chunks();
@@ -77,34 +84,35 @@ void run_chunk(const Matmul& op, const Step& step, const CpuRun& run, int64_t ch
       copy_residual(residual.at(i0, i1, m), residual.stride[3], begin, end, y[r]);
     }
   }
-  std::byte* room = op.room + thread * op.reader.room_bytes(*run.kernels.matmul);
+  std::byte* room = op.room + thread * op.reader.room_bytes;
   for_runs(w, w0, w1, begin, end, [&](const std::byte* base, int64_t first_n, int64_t last_n) {
-    multiply(op.reader, *run.kernels.matmul, base, first_n, last_n, {x, y, n_rows},
-             residual.data != nullptr, room);
+    multiply(op.reader, base, first_n, last_n, {x, y, n_rows}, residual.data != nullptr, room);
   });
 }
 
 bool supports_matmul(const Node& node, const KernelTable& kernels) {
+  const Layout& x = node.input(0)->layout;
   const Layout& w = node.input(1)->layout;
-  return WeightReader::plan(w, node.attr<MatmulAttrs>(), *kernels.matmul).entry.kernel != nullptr;
+  return WeightReader::plan(w, node.attr<MatmulAttrs>(), kernels, rows_of_matrix(x, w)).kernel !=
+         nullptr;
 }
 
 size_t matmul_scratch(const Node& node, const KernelTable& kernels, int n_threads) {
   Carver carver(nullptr);
-  Matmul(node.input(0)->layout, node.input(1)->layout, node.attr<MatmulAttrs>(), *kernels.matmul,
-         n_threads, carver);
+  Matmul(node.input(0)->layout, node.input(1)->layout, node.attr<MatmulAttrs>(), kernels, n_threads,
+         carver);
   return carver.used_bytes();
 }
 
 void run_matmul(const Step& step, const CpuRun& run) {
   if (step.out.shape.n_elems() == 0) return;
   Carver carver(run.scratch);
-  Matmul op(step.in[0], step.in[1], step.node->attr<MatmulAttrs>(), *run.kernels.matmul,
+  Matmul op(step.in[0], step.in[1], step.node->attr<MatmulAttrs>(), run.kernels,
             run.pool.n_threads(), carver);
   op.rows.pack(step.in[0], run);
   run.checkpoint();
-  run.pool.parallel_for(
-      op.n_chunks(), [&](int64_t chunk, int thread) { run_chunk(op, step, run, chunk, thread); });
+  run.pool.parallel_for(op.n_chunks(),
+                        [&](int64_t chunk, int thread) { run_chunk(op, step, chunk, thread); });
 }
 
 }  // namespace

@@ -13,8 +13,14 @@
 namespace mla::cpu {
 namespace {
 
-// Products waiting to be summed: 512 tokens with 8 experts get 2048 columns at a time.
-constexpr int64_t kPartialBytes = 32 * 1024 * 1024;
+// Products waiting to be summed, which stay in the last-level cache: 512 tokens with 8 experts get
+// 512 columns at a time.
+constexpr int64_t kPartialBytes = 8 * 1024 * 1024;
+
+// Rows of x that an expert of w meets on average.
+int64_t rows_of_expert(const Layout& ids, const Layout& w) {
+  return ids.shape.extent[2] * ids.shape.extent[3] / std::max<int64_t>(w.shape.extent[1], 1);
+}
 
 struct Indexed {
   WeightReader reader;
@@ -27,11 +33,11 @@ struct Indexed {
   std::byte* room;
 
   Indexed(const Layout& x, const Layout& w, const Layout& ids, bool summed,
-          const MatmulAttrs& attrs, const MatmulTable& table, int n_threads, Carver& carver)
-      : reader(WeightReader::plan(w, attrs, table)),
-        rows(x, reader, table, carver),
+          const MatmulAttrs& attrs, const KernelTable& kernels, int n_threads, Carver& carver)
+      : reader(WeightReader::plan(w, attrs, kernels, rows_of_expert(ids, w))),
+        rows(x, reader, carver),
         tiles(ids, w.shape.extent[1], carver),
-        rows_per_tile(tile_rows(rows.row_bytes(), kMaxTileRows)),
+        rows_per_tile(expert_tile_rows(reader)),
         block(reader.n) {
     const int64_t n_pairs = tiles.n_tokens * tiles.n_slots;
     if (summed && n_pairs > 0) {
@@ -39,19 +45,19 @@ struct Indexed {
       block = std::min(reader.n, std::max<int64_t>(fit / kAcrossColumns, 1) * kAcrossColumns);
       partial = carver.take<float>(n_pairs * block);
     }
-    const int64_t rows_per_expert = n_pairs / std::max<int64_t>(tiles.n_experts, 1) + 1;
-    columns = split_columns(reader, std::min(rows_per_tile, rows_per_expert), n_threads, block);
-    room = carver.take<std::byte>(n_threads * reader.room_bytes(table));
+    const int64_t likely_rows = std::min(rows_per_tile, rows_of_expert(ids, w) + 1);
+    columns = split_columns(reader, likely_rows, n_threads, block);
+    room = carver.take<std::byte>(n_threads * reader.room_bytes);
   }
 };
 
 Indexed plan(const Layout& x, const Layout& w, const Layout& ids, bool summed,
              const MatmulAttrs& attrs, const KernelTable& kernels, int n_threads, Carver& carver) {
-  return Indexed(x, w, ids, summed, attrs, *kernels.matmul, n_threads, carver);
+  return Indexed(x, w, ids, summed, attrs, kernels, n_threads, carver);
 }
 
 // Columns [begin, end) of one tile, to `partial` (from column `block_begin` on) or the result.
-void run_tile(const Indexed& op, const Step& step, const CpuRun& run, const ExpertTiles::Tile& tile,
+void run_tile(const Indexed& op, const Step& step, const ExpertTiles::Tile& tile,
               int64_t block_begin, int64_t begin, int64_t end, int thread) {
   const bool one_row = step.in[0].shape.extent[2] == 1;
   const std::byte* x[kMaxTileRows];
@@ -64,11 +70,10 @@ void run_tile(const Indexed& op, const Step& step, const CpuRun& run, const Expe
     y[r] = op.partial != nullptr ? op.partial + pair * op.block + (begin - block_begin)
                                  : reinterpret_cast<float*>(step.out.at(0, t, a)) + begin;
   }
-  const MatmulTable& table = *run.kernels.matmul;
-  std::byte* room = op.room + thread * op.reader.room_bytes(table);
+  std::byte* room = op.room + thread * op.reader.room_bytes;
   for_runs(step.in[1], 0, tile.expert, begin, end,
            [&](const std::byte* base, int64_t first, int64_t last) {
-             multiply(op.reader, table, op.reader.skip(base, begin), first - begin, last - begin,
+             multiply(op.reader, op.reader.skip(base, begin), first - begin, last - begin,
                       {x, y, tile.n_pairs}, false, room);
            });
 }
@@ -104,7 +109,8 @@ void run_sums(const Indexed& op, const Step& step, const CpuRun& run, int64_t bl
 
 bool supports_indexed(const Node& node, const KernelTable& kernels) {
   const Layout& w = node.input(1)->layout;
-  return WeightReader::plan(w, node.attr<MatmulAttrs>(), *kernels.matmul).entry.kernel != nullptr;
+  const int64_t n_rows = rows_of_expert(node.input(2)->layout, w);
+  return WeightReader::plan(w, node.attr<MatmulAttrs>(), kernels, n_rows).kernel != nullptr;
 }
 
 size_t indexed_scratch(const Node& node, const KernelTable& kernels, int n_threads) {
@@ -128,7 +134,7 @@ void run_indexed(const Step& step, const CpuRun& run) {
     columns.n_rows = block_end - block_begin;
     run.pool.parallel_for(op.tiles.n_tiles * columns.n_chunks(), [&](int64_t chunk, int thread) {
       const int64_t piece = chunk % columns.n_chunks();
-      run_tile(op, step, run, op.tiles.tiles[chunk / columns.n_chunks()], block_begin,
+      run_tile(op, step, op.tiles.tiles[chunk / columns.n_chunks()], block_begin,
                block_begin + columns.begin(piece), block_begin + columns.end(piece), thread);
     });
     if (summed) run_sums(op, step, run, block_begin, block_end);

@@ -11,77 +11,91 @@ namespace {
 // Less than this many products stays one chunk: some 5 us, what a hand-over to a worker costs.
 constexpr int64_t kMinChunkProducts = 128 * 1024;
 constexpr int64_t kTileCacheBytes = 512 * 1024;
+constexpr int64_t kMaxRowsReadAgain = 64;  // of a tile whose rows of w are unpacked over and over
+// Unpacking a slab takes as long as multiplying it with some 6 rows of x: a tenth of this.
+constexpr int64_t kLeastSlabRows = 64;
+constexpr int64_t kChunksPerThread = 4;
 constexpr int64_t kGatherRows = 8;  // rows of w that share a pass over x
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-const MatmulEntry& rows_entry(const MatmulTable& table, Format format, Precision precision) {
-  return table.rows[static_cast<size_t>(format)][precision == Precision::exact ? 1 : 0];
-}
-
 }  // namespace
 
 WeightReader WeightReader::plan(const Layout& w, const MatmulAttrs& attrs,
-                                const MatmulTable& table) {
+                                const KernelTable& kernels, int64_t n_rows) {
   const int n_dim = attrs.transpose_w ? 3 : 2;
   const int k_dim = 5 - n_dim;
   WeightReader r{attrs.transpose_w ? Reading::across : Reading::rows,
-                 rows_entry(table, w.format, attrs.precision),
                  w.format,
                  w.shape.extent[n_dim],
                  w.shape.extent[k_dim],
                  w.stride[n_dim],
                  w.stride[k_dim]};
-  const MatmulEntry across = {Packing::f32, table.across[static_cast<size_t>(w.format)]};
   if (!traits(w.format).quantized) {  // the strides say which way floats lie, not the flag
     const int64_t unit = traits(w.format).block_bytes;
     r.reading = r.k_stride == unit || r.k <= 1   ? Reading::rows
                 : r.n_stride == unit || r.n <= 1 ? Reading::across
                                                  : Reading::gathered;
   }
-  if (r.reading == Reading::across) r.entry = across;
-  if (r.reading == Reading::gathered) r.entry = rows_entry(table, Format::F32, attrs.precision);
+  const MatmulTable& table = *kernels.matmul;
+  const bool exact = attrs.precision == Precision::exact;
+  const Format format = r.reading == Reading::gathered ? Format::F32 : w.format;
+  const MatmulKernel slab = kernels.slab->rows[static_cast<size_t>(format)];
+  if (r.reading == Reading::rows && !exact && n_rows >= kSlabMinRows && slab != nullptr) {
+    r.kernel = slab;
+    r.pack = kernels.slab->pack;
+    r.packed_row_bytes = static_cast<int64_t>(kernels.slab->packed_bytes(r.k));
+    r.many_rows = true;
+    r.granule = kSlabGranule;
+    r.room_bytes = static_cast<int64_t>(kernels.slab->room_bytes);
+    return r;
+  }
+  MatmulEntry entry = table.rows[static_cast<size_t>(format)][exact ? 1 : 0];
+  if (r.reading == Reading::across) {
+    entry = {Packing::f32, table.across[static_cast<size_t>(w.format)]};
+    r.granule = kAcrossColumns;
+  }
+  const auto float_bytes = static_cast<int64_t>(table.packed_bytes(Packing::f32, r.k));
+  if (r.reading == Reading::gathered) r.room_bytes = kGatherRows * float_bytes;
+  r.kernel = entry.kernel;
+  r.pack = table.pack[static_cast<size_t>(entry.packing)];
+  r.packed_row_bytes = static_cast<int64_t>(table.packed_bytes(entry.packing, r.k));
+  r.takes_floats = entry.packing == Packing::f32;
   return r;
 }
 
-int64_t WeightReader::room_bytes(const MatmulTable& table) const {
-  if (reading != Reading::gathered) return 0;
-  return kGatherRows * static_cast<int64_t>(table.packed_bytes(Packing::f32, k));
-}
-
-void multiply(const WeightReader& reader, const MatmulTable& table, const std::byte* w,
-              int64_t begin, int64_t end, const RowTile& tile, bool accumulate, std::byte* room) {
-  MatmulTile t{w,         reader.n_stride, begin,  end,
-               reader.k,  tile.x,          tile.y, static_cast<int>(tile.n_rows),
-               accumulate};
+void multiply(const WeightReader& reader, const std::byte* w, int64_t begin, int64_t end,
+              const RowTile& tile, bool accumulate, std::byte* room) {
+  MatmulTile t{w,          reader.n_stride,
+               begin,      end,
+               reader.k,   tile.x,
+               tile.y,     static_cast<int>(tile.n_rows),
+               accumulate, room};
   if (reader.reading == Reading::across) t.w_row_bytes = reader.k_stride;
-  if (reader.reading != Reading::gathered) return reader.entry.kernel(t);
+  if (reader.reading != Reading::gathered) return reader.kernel(t);
 
   float* y[kMaxTileRows];
   t.w = room;
-  t.w_row_bytes = static_cast<int64_t>(table.packed_bytes(Packing::f32, reader.k));
+  t.w_row_bytes = reader.room_bytes / kGatherRows;
   t.y = y;
   for (int64_t n = begin; n < end; n += kGatherRows) {
     const int64_t n_rows = std::min(kGatherRows, end - n);
     for (int64_t r = 0; r < n_rows; ++r) {
-      table.pack[static_cast<size_t>(Packing::f32)](w + (n + r) * reader.n_stride, reader.format,
-                                                    reader.k_stride, reader.k,
-                                                    room + r * t.w_row_bytes);
+      reader.pack(w + (n + r) * reader.n_stride, reader.format, reader.k_stride, reader.k,
+                  room + r * t.w_row_bytes);
     }
     for (int64_t i = 0; i < tile.n_rows; ++i) y[i] = tile.y[i] + n;
     t.n_begin = 0;
     t.n_end = n_rows;
-    reader.entry.kernel(t);
+    reader.kernel(t);
   }
 }
 
-PackedRows::PackedRows(const Layout& x, const WeightReader& reader, const MatmulTable& table,
-                       Carver& carver)
-    : packing_(reader.entry.packing), base_(nullptr) {
+PackedRows::PackedRows(const Layout& x, const WeightReader& reader, Carver& carver)
+    : pack_row_(reader.pack), row_bytes_(reader.packed_row_bytes), base_(nullptr) {
   const int64_t k = x.shape.extent[3];
-  row_bytes_ = static_cast<int64_t>(table.packed_bytes(packing_, k));
   const bool needs_padding = k % kPackedFloats != 0 && reader.reading != Reading::across;
-  in_place_ = packing_ == Packing::f32 && x.format == Format::F32 && !needs_padding &&
+  in_place_ = reader.takes_floats && x.format == Format::F32 && !needs_padding &&
               (x.stride[3] == sizeof(float) || k <= 1);
   int64_t n_rows = 1;
   for (int i = 2; i >= 0; --i) {
@@ -95,14 +109,13 @@ PackedRows::PackedRows(const Layout& x, const WeightReader& reader, const Matmul
 void PackedRows::pack(const Tensor& x, const CpuRun& run) {
   base_ = in_place_ ? x.data : scratch_;
   if (in_place_) return;
-  const PackRow pack_row = run.kernels.matmul->pack[static_cast<size_t>(packing_)];
   const int64_t k = x.shape.extent[3];
   for_items(run, extent_[0] * extent_[1] * extent_[2], 8 * k, [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t i2 = r % extent_[2];
       const int64_t outer = r / extent_[2];
-      pack_row(x.at(outer / extent_[1], outer % extent_[1], i2), x.format, x.stride[3], k,
-               scratch_ + r * row_bytes_);
+      pack_row_(x.at(outer / extent_[1], outer % extent_[1], i2), x.format, x.stride[3], k,
+                scratch_ + r * row_bytes_);
     }
   });
 }
@@ -111,17 +124,26 @@ const std::byte* PackedRows::row(int64_t i0, int64_t i1, int64_t i2) const {
   return base_ + i0 * step_[0] + i1 * step_[1] + i2 * step_[2];
 }
 
-int64_t tile_rows(int64_t packed_row_bytes, int64_t n_rows) {
-  const int64_t fit = kTileCacheBytes / std::max<int64_t>(packed_row_bytes, 1) / 8 * 8;
-  const int64_t most = std::clamp<int64_t>(fit, 8, kMaxTileRows);
+int64_t tile_rows(const WeightReader& reader, int64_t n_rows, int n_threads) {
+  const int64_t fit = kTileCacheBytes / std::max<int64_t>(reader.packed_row_bytes, 1) / 8 * 8;
+  int64_t most = std::clamp<int64_t>(fit, 8, kMaxRowsReadAgain);
+  if (reader.many_rows) {
+    const int64_t n_slabs = std::max<int64_t>(ceil_div(reader.n, reader.granule), 1);
+    const int64_t n_tiles = ceil_div(kChunksPerThread * n_threads, n_slabs);
+    most = std::clamp<int64_t>(ceil_div(n_rows, n_tiles), kLeastSlabRows, kMaxTileRows);
+  }
   // Even tiles: a remainder of one row would read all of w for itself.
   const int64_t n_tiles = std::max<int64_t>(ceil_div(n_rows, most), 1);
   return std::clamp<int64_t>(ceil_div(ceil_div(n_rows, n_tiles), 8) * 8, 1, most);
 }
 
+int64_t expert_tile_rows(const WeightReader& reader) {
+  return reader.many_rows ? kMaxTileRows : tile_rows(reader, kMaxRowsReadAgain, 1);
+}
+
 sys::RowSplit split_columns(const WeightReader& reader, int64_t rows_per_tile, int n_threads,
                             int64_t max_rows) {
-  const int64_t granule = reader.granule();
+  const int64_t granule = reader.granule;
   const int64_t per_column = std::max<int64_t>(reader.k * rows_per_tile, 1);
   sys::RowSplit split =
       sys::split_rows(reader.n, n_threads, granule, ceil_div(kMinChunkProducts, per_column));

@@ -11,8 +11,8 @@
 
 namespace mla::cpu {
 
-// Rows of x per tile: each row of w is read once for all of them.
-inline constexpr int64_t kMaxTileRows = 64;
+// Rows of x per tile: each row of w is read once for all of them, and a slab of w unpacked once.
+inline constexpr int64_t kMaxTileRows = 512;
 
 // How the kernels read one matrix w [N, K] (transposed: [K, N]).
 enum class Reading : uint8_t {
@@ -22,16 +22,22 @@ enum class Reading : uint8_t {
 };
 struct WeightReader {
   Reading reading;
-  MatmulEntry entry;  // the packing that x needs, and the kernel
   Format format;
   int64_t n, k;
   int64_t n_stride, k_stride;  // bytes; of quantized weights only the one between rows counts
+  // The kernel, null where there is none, and what it wants.
+  MatmulKernel kernel = nullptr;
+  PackRow pack = nullptr;  // x as it takes it
+  int64_t packed_row_bytes = 0;
+  bool takes_floats = false;  // packed rows are float32
+  bool many_rows = false;     // unpacks w once for all rows of a tile
+  int64_t granule = 16;       // chunks of N begin at multiples of this
+  int64_t room_bytes = 0;     // scratch of each thread
 
-  static WeightReader plan(const Layout& w, const MatmulAttrs& attrs, const MatmulTable& table);
-  // Chunks of N begin at multiples of this.
-  int64_t granule() const { return reading == Reading::across ? kAcrossColumns : 16; }
-  // Scratch each thread needs for `multiply`.
-  int64_t room_bytes(const MatmulTable& table) const;
+  // n_rows: how many rows of x meet w, or an expert of it on average. The kernel, and with it how
+  // x is rounded, depends on which side of kSlabMinRows that is.
+  static WeightReader plan(const Layout& w, const MatmulAttrs& attrs, const KernelTable& kernels,
+                           int64_t n_rows);
   // From n on, as a matrix of its own. Not for quantized weights read across.
   const std::byte* skip(const std::byte* w, int64_t n) const { return w + n * n_stride; }
 };
@@ -43,20 +49,19 @@ struct RowTile {
   int64_t n_rows;  // <= kMaxTileRows
 };
 // y[i][n] (+)= x[i] . w[n] for n in [begin, end).
-void multiply(const WeightReader& reader, const MatmulTable& table, const std::byte* w,
-              int64_t begin, int64_t end, const RowTile& tile, bool accumulate, std::byte* room);
+void multiply(const WeightReader& reader, const std::byte* w, int64_t begin, int64_t end,
+              const RowTile& tile, bool accumulate, std::byte* room);
 
-// The rows of x [.., M, K] as one packing wants them; rows that a stride of 0 repeats are packed
+// The rows of x [.., M, K] as a reader wants them; rows that a stride of 0 repeats are packed
 // once, float32 rows that lie right are used in place.
 class PackedRows {
  public:
-  PackedRows(const Layout& x, const WeightReader& reader, const MatmulTable& table, Carver& carver);
+  PackedRows(const Layout& x, const WeightReader& reader, Carver& carver);
   void pack(const Tensor& x, const CpuRun& run);  // fills the scratch, in parallel
   const std::byte* row(int64_t i0, int64_t i1, int64_t i2) const;
-  int64_t row_bytes() const { return row_bytes_; }
 
  private:
-  Packing packing_;
+  PackRow pack_row_;
   int64_t row_bytes_;
   int64_t extent_[3];  // of distinct rows
   int64_t step_[3];    // bytes between rows; 0 where rows repeat
@@ -65,8 +70,11 @@ class PackedRows {
   std::byte* scratch_ = nullptr;
 };
 
-// Rows of x per tile so that the packed tile stays in half of a 1 MiB second-level cache.
-int64_t tile_rows(int64_t packed_row_bytes, int64_t n_rows);
+// How to cut n_rows rows of x. Where each row of w is read again for a few rows of x, the tile
+// stays in half of a 1 MiB second-level cache; else tiles are as large as keeps all threads busy.
+int64_t tile_rows(const WeightReader& reader, int64_t n_rows, int n_threads);
+// Rows per tile where experts decide how many there are.
+int64_t expert_tile_rows(const WeightReader& reader);
 
 // How to cut N: chunks that keep all threads busy, none worth less than the hand-over costs, none
 // above max_rows.

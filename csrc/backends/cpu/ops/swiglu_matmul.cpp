@@ -13,12 +13,17 @@
 namespace mla::cpu {
 namespace {
 
-// A tile's up products: 64 rows of 256 floats are 64 KiB, an eighth of a second-level cache.
-constexpr int64_t kMaxColumns = 256;
+// A tile's up products: 512 rows of 128 floats are a quarter of a second-level cache.
+constexpr int64_t kMaxColumns = 128;
 
 bool same_packing(const WeightReader& a, const WeightReader& b) {
-  return a.entry.packing == b.entry.packing &&
-         (a.reading == Reading::across) == (b.reading == Reading::across);
+  return a.pack == b.pack && (a.reading == Reading::across) == (b.reading == Reading::across);
+}
+
+// Rows of x that meet one matrix: of an expert on average, if there are ids.
+int64_t rows_of_matrix(const Layout& x, const Layout& gate, const Layout* ids) {
+  if (ids == nullptr) return n_rows(x.shape);
+  return ids->shape.extent[2] * ids->shape.extent[3] / std::max<int64_t>(gate.shape.extent[1], 1);
 }
 
 struct SwigluMatmul {
@@ -35,26 +40,25 @@ struct SwigluMatmul {
   float* products;  // [thread][rows_per_tile][columns.rows_per_chunk]
 
   SwigluMatmul(const Layout& x, const Layout& gate_layout, const Layout& up_layout,
-               const Layout* ids, const MatmulAttrs& attrs, const MatmulTable& table, int n_threads,
-               Carver& carver)
-      : gate(WeightReader::plan(gate_layout, attrs, table)),
-        up(WeightReader::plan(up_layout, attrs, table)),
-        rows(x, gate, table, carver),
+               const Layout* ids, const MatmulAttrs& attrs, const KernelTable& kernels,
+               int n_threads, Carver& carver)
+      : gate(WeightReader::plan(gate_layout, attrs, kernels, rows_of_matrix(x, gate_layout, ids))),
+        up(WeightReader::plan(up_layout, attrs, kernels, rows_of_matrix(x, gate_layout, ids))),
+        rows(x, gate, carver),
         x_shape(x.shape),
         n_rows(cpu::n_rows(x.shape)) {
-    if (!same_packing(gate, up)) up_rows.emplace(x, up, table, carver);
-    int64_t likely_rows = n_rows;
-    if (ids != nullptr) {
-      experts.emplace(*ids, gate_layout.shape.extent[1], carver);
-      likely_rows =
-          experts->n_tokens * experts->n_slots / std::max<int64_t>(experts->n_experts, 1) + 1;
-    }
-    const int64_t row_bytes = std::max(rows.row_bytes(), up_rows ? up_rows->row_bytes() : 0);
-    rows_per_tile = tile_rows(row_bytes, ids != nullptr ? kMaxTileRows : n_rows);
+    if (!same_packing(gate, up)) up_rows.emplace(x, up, carver);
+    if (ids != nullptr) experts.emplace(*ids, gate_layout.shape.extent[1], carver);
+    const auto rows_of = [&](const WeightReader& reader) {
+      return experts ? expert_tile_rows(reader) : tile_rows(reader, n_rows, n_threads);
+    };
+    rows_per_tile = std::min(rows_of(gate), rows_of(up));
     // Chunks must begin where both weights can: across only the coarser of the two granules.
-    const WeightReader& coarser = gate.granule() > up.granule() ? gate : up;
-    columns = split_columns(coarser, std::min(rows_per_tile, likely_rows), n_threads, kMaxColumns);
-    room_bytes = std::max(gate.room_bytes(table), up.room_bytes(table));
+    const WeightReader& coarser = gate.granule > up.granule ? gate : up;
+    const int64_t likely_rows =
+        std::min(rows_per_tile, rows_of_matrix(x, gate_layout, ids) + (experts ? 1 : 0));
+    columns = split_columns(coarser, likely_rows, n_threads, kMaxColumns);
+    room_bytes = std::max(gate.room_bytes, up.room_bytes);
     room = carver.take<std::byte>(n_threads * room_bytes);
     products = carver.take<float>(n_threads * rows_per_tile * columns.rows_per_chunk);
   }
@@ -67,7 +71,7 @@ struct SwigluMatmul {
 SwigluMatmul plan(const Layout& x, const Layout& gate, const Layout& up, const Layout* ids,
                   const MatmulAttrs& attrs, const KernelTable& kernels, int n_threads,
                   Carver& carver) {
-  return SwigluMatmul(x, gate, up, ids, attrs, *kernels.matmul, n_threads, carver);
+  return SwigluMatmul(x, gate, up, ids, attrs, kernels, n_threads, carver);
 }
 
 // The rows of x and of the result that one tile covers, and whose weights it meets.
@@ -107,14 +111,12 @@ void run_tile(const SwigluMatmul& op, const Step& step, const CpuRun& run, int64
   float* up_y[kMaxTileRows];
   for (int64_t r = 0; r < rows.n_rows; ++r) up_y[r] = products + r * width;
 
-  const MatmulTable& table = *run.kernels.matmul;
   std::byte* room = op.room + thread * op.room_bytes;
   const auto product = [&](const WeightReader& reader, const Tensor& w, const RowTile& t) {
-    for_runs(w, 0, rows.expert, begin, end,
-             [&](const std::byte* base, int64_t first, int64_t last) {
-               multiply(reader, table, reader.skip(base, begin), first - begin, last - begin, t,
-                        false, room);
-             });
+    for_runs(
+        w, 0, rows.expert, begin, end, [&](const std::byte* base, int64_t first, int64_t last) {
+          multiply(reader, reader.skip(base, begin), first - begin, last - begin, t, false, room);
+        });
   };
   product(op.gate, step.in[1], {rows.x, rows.y, rows.n_rows});
   product(op.up, step.in[2], {rows.up_x, up_y, rows.n_rows});
@@ -124,9 +126,12 @@ void run_tile(const SwigluMatmul& op, const Step& step, const CpuRun& run, int64
 }
 
 bool supports_swiglu_matmul(const Node& node, const KernelTable& kernels) {
+  const Node* ids = node.input(3);
+  const int64_t n_rows = rows_of_matrix(node.input(0)->layout, node.input(1)->layout,
+                                        ids != nullptr ? &ids->layout : nullptr);
   const auto kernel = [&](size_t i) {
     const Layout& w = node.input(i)->layout;
-    return WeightReader::plan(w, node.attr<MatmulAttrs>(), *kernels.matmul).entry.kernel;
+    return WeightReader::plan(w, node.attr<MatmulAttrs>(), kernels, n_rows).kernel;
   };
   return kernel(1) != nullptr && kernel(2) != nullptr;
 }

@@ -83,5 +83,44 @@ inline U8x32 bits_to_bytes(uint32_t bits, uint8_t value) {
   return (U8x32)set & value;
 }
 
+// ---- rows turned round: see simd.h --------------------------------------------------------------
+inline F32 f16_low(U32 x) {
+  typedef uint16_t U16 __attribute__((vector_size(kLanes * 2)));
+  return (F32)_mm256_cvtph_ps((__m128i) __builtin_convertvector(x, U16));
+}
+inline Words words_of_rows(const std::byte* p, int64_t stride) {
+  __m256i row[4];  // rows i and i + 4
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const auto* low = reinterpret_cast<const __m128i*>(p + i * stride);
+    const auto* high = reinterpret_cast<const __m128i*>(p + (i + 4) * stride);
+    row[i] = _mm256_set_m128i(_mm_loadu_si128(high), _mm_loadu_si128(low));
+  }
+  const __m256i low01 = _mm256_unpacklo_epi32(row[0], row[1]);
+  const __m256i high01 = _mm256_unpackhi_epi32(row[0], row[1]);
+  const __m256i low23 = _mm256_unpacklo_epi32(row[2], row[3]);
+  const __m256i high23 = _mm256_unpackhi_epi32(row[2], row[3]);
+  return {{(U32)_mm256_unpacklo_epi64(low01, low23), (U32)_mm256_unpackhi_epi64(low01, low23),
+           (U32)_mm256_unpacklo_epi64(high01, high23), (U32)_mm256_unpackhi_epi64(high01, high23)}};
+}
+inline Bytes lookup_bytes(const int8_t* table, Bytes index) { return lookup16(table, index); }
+
+inline constexpr bool kSumsPairs = true;
+typedef int16_t FourSums __attribute__((vector_size(kLanes * 4)));
+inline FourSums begin_fours(I32) { return FourSums{}; }
+template <bool is_signed>
+inline FourSums add_fours(FourSums sum, Bytes w, Bytes x) {
+  __m256i a = (__m256i)w;
+  __m256i b = (__m256i)x;
+  if constexpr (is_signed) {
+    b = _mm256_sign_epi8(b, a);
+    a = _mm256_abs_epi8(a);
+  }
+  return sum + (FourSums)_mm256_maddubs_epi16(a, b);
+}
+inline I32 end_fours(I32 sum, FourSums four) {
+  return sum + (I32)_mm256_madd_epi16((__m256i)four, _mm256_set1_epi16(1));
+}
+
 }  // namespace
 }  // namespace mla::cpu::MLA_ISA

@@ -67,6 +67,41 @@ inline U8x32 bits_to_bytes(uint32_t bits, uint8_t value) {
   return (U8x32)_mm256_maskz_mov_epi8(bits, _mm256_set1_epi8(static_cast<char>(value)));
 }
 
+// ---- rows turned round: see simd.h --------------------------------------------------------------
+inline F32 f16_low(U32 x) { return (F32)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)x)); }
+inline Words words_of_rows(const std::byte* p, int64_t stride) {
+  __m512i row[4];  // rows i, i + 4, i + 8, i + 12
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const auto quarter = [&](int q) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + (i + 4 * q) * stride));
+    };
+    row[i] = _mm512_castsi128_si512(quarter(0));
+    row[i] = _mm512_inserti32x4(row[i], quarter(1), 1);
+    row[i] = _mm512_inserti32x4(row[i], quarter(2), 2);
+    row[i] = _mm512_inserti32x4(row[i], quarter(3), 3);
+  }
+  const __m512i low01 = _mm512_unpacklo_epi32(row[0], row[1]);
+  const __m512i high01 = _mm512_unpackhi_epi32(row[0], row[1]);
+  const __m512i low23 = _mm512_unpacklo_epi32(row[2], row[3]);
+  const __m512i high23 = _mm512_unpackhi_epi32(row[2], row[3]);
+  return {{(U32)_mm512_unpacklo_epi64(low01, low23), (U32)_mm512_unpackhi_epi64(low01, low23),
+           (U32)_mm512_unpacklo_epi64(high01, high23), (U32)_mm512_unpackhi_epi64(high01, high23)}};
+}
+inline Bytes lookup_bytes(const int8_t* table, Bytes index) {
+  const __m128i row = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return (Bytes)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(row), (__m512i)index);
+}
+
+inline constexpr bool kSumsPairs = false;
+typedef I32 FourSums;
+inline FourSums begin_fours(I32 sum) { return sum; }
+template <bool is_signed>
+inline FourSums add_fours(FourSums sum, Bytes w, Bytes x) {
+  return dot_add(sum, w, x);
+}
+inline I32 end_fours(I32, FourSums four) { return four; }
+
 #if defined(MLA_ISA_AVX512BF16)
 inline constexpr bool kHasBf16Dot = true;
 inline F32 dot_bf16(F32 acc, const uint16_t* w, const uint16_t* x) {

@@ -135,5 +135,52 @@ inline U8x32 bits_to_bytes(uint32_t bits, uint8_t value) {
   return concat(bits_to_bytes_half(bits, value), bits_to_bytes_half(bits >> 16, value));
 }
 
+// ---- rows turned round: see simd.h --------------------------------------------------------------
+inline F32 f16_low(U32 x) {
+  uint16_t h[kLanes];
+  for (int i = 0; i < kLanes; ++i) h[i] = static_cast<uint16_t>(x[i]);
+  return load_f16(h);
+}
+inline Words words_of_rows(const std::byte* p, int64_t stride) {
+  U32 row[4];
+  for (int i = 0; i < 4; ++i) row[i] = load_as<U32>(p + i * stride);
+  const U32 low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+  const U32 high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+  const U32 low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+  const U32 high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+  return {{__builtin_shufflevector(low01, low23, 0, 1, 4, 5),
+           __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
+           __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
+           __builtin_shufflevector(high01, high23, 2, 3, 6, 7)}};
+}
+inline Bytes lookup_bytes(const int8_t* table, Bytes index) { return lookup16_half(table, index); }
+
+inline constexpr bool kSumsPairs = true;
+typedef int16_t FourSums __attribute__((vector_size(kLanes * 4)));
+inline FourSums begin_fours(I32) { return FourSums{}; }
+// Bytes up to 127 are the same signed and unsigned.
+template <bool is_signed>
+inline FourSums add_fours(FourSums sum, Bytes w, Bytes x) {
+#if defined(__aarch64__)
+  const int8x16_t a = (int8x16_t)w;
+  const int8x16_t b = (int8x16_t)x;
+  const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b));
+  return sum + (FourSums)vpaddq_s16(low, vmull_high_s8(a, b));
+#else
+  const FourSums odd = ((FourSums)w >> 8) * ((FourSums)x >> 8);
+  const FourSums even = ((FourSums)w << 8 >> 8) * ((FourSums)x << 8 >> 8);
+  return sum + odd + even;
+#endif
+}
+inline I32 end_fours(I32 sum, FourSums four) {
+#if defined(__aarch64__)
+  return (I32)vpadalq_s16((int32x4_t)sum, (int16x8_t)four);
+#elif defined(__SSE2__)
+  return sum + (I32)_mm_madd_epi16((__m128i)four, _mm_set1_epi16(1));
+#else
+  return sum + ((I32)four >> 16) + ((I32)four << 16 >> 16);
+#endif
+}
+
 }  // namespace
 }  // namespace mla::cpu::MLA_ISA

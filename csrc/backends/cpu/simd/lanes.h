@@ -55,6 +55,12 @@ struct F32x16 {  // one number for each of the 16 groups of 16 in 256 elements
 };
 inline constexpr int kSixteen = 16 / kLanes;  // registers that hold 16 floats
 
+// One word of each of kLanes rows, row r in lane r.
+typedef uint32_t U32 __attribute__((vector_size(kLanes * 4)));
+struct Words {  // four neighbouring ones
+  U32 w[4];
+};
+
 template <class V>
 inline V load_as(const void* p) {
   V v;

@@ -17,6 +17,13 @@
 //   F32x16 widen_u8, widen_s8(U8x16), widen_f16(U16x16)
 //   U8x32 concat(U8x16 low, U8x16 high)
 //   U8x32 lookup16(table of 16, index), bits_to_bytes(bits, value): value where the bit is set
+//   Words words_of_rows(p, stride)    16 bytes of each of kLanes rows, turned round: word i of row
+//                                     r in lane r of w[i]
+//   F32 f16_low(U32)                  of the half in each lane's low 16 bits
+//   Bytes lookup_bytes(table of 16, index)
+//   FourSums, begin_fours(I32), add_fours<is_signed>(FourSums, w, x), end_fours(I32, FourSums)
+//       a lane's four bytes of w with those of x, added to a lane of I32; w and x as in `dot`.
+//       kSumsPairs: on the way 16 bits hold the sums of pairs, which must not overflow.
 // Only if kHasBf16Dot, where a lane of I32 holds a pair of bf16, the first in its low half:
 //   F32 dot_bf16(acc, w, x)           2 kLanes bf16 products
 //   F32 dot_pairs(acc, I32 w, I32 x)  the same in registers: a lane adds its two products
