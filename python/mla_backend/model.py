@@ -161,11 +161,7 @@ class Model:
             numa=nodes,
         )
         plan.notes += [idle] if idle else []
-        if (
-            not plan.options.mmap or plan.placed_bytes
-        ):  # reading is long: what it would end in is known before
-            plan.check_memory(backend, precision)
-        weights = _load(plan, on_progress)
+        weights = _load(plan, backend, precision, on_progress)
         engine = _make_engine(plan, weights, devices, precision, attention, on_progress)
         model = cls(plan, engine, devices)
         if plan.weights_fit and not plan.placement.uses_devices:
@@ -498,8 +494,12 @@ def _make_pool(threads: int | None, nodes: NumaPlan) -> _core.ThreadPool:
     return _core.ThreadPool(threads or n_cores, nodes=nodes.shares)
 
 
-def _load(plan: LoadPlan, on_progress: Progress | None) -> Weights:
+def _load(
+    plan: LoadPlan, backend: _core.CpuBackend, precision: str, on_progress: Progress | None
+) -> Weights:
     """Weights in memory, on their nodes where the plan has it so."""
+    if plan.placed_bytes or not plan.options.mmap:  # long: what it would end in is known before
+        plan.check_memory(backend, precision)
     if not plan.placed_bytes:
         return load_weights(plan.file, plan.infos, plan.options, on_progress)
     return load_on_nodes(
