@@ -181,6 +181,12 @@ int checked_node_of(const sys::ThreadPool& pool, int thread) {
   return pool.node_of(thread);
 }
 
+std::vector<std::tuple<int, int, int, int64_t>> take_reads(cpu::CpuBackend& self) {
+  std::vector<std::tuple<int, int, int, int64_t>> out;
+  for (const auto& t : self.take_reads()) out.emplace_back(t.thread, t.from, t.to, t.n_bytes);
+  return out;
+}
+
 void register_devices(py::module_& m) {
   py::class_<sys::ThreadPool, std::shared_ptr<sys::ThreadPool>>(
       m, "ThreadPool", "Worker threads. n_threads counts the caller; 0: one per physical core.")
@@ -215,6 +221,13 @@ void register_devices(py::module_& m) {
            arg("isa") = "", "Raises UnsupportedError where this CPU lacks the ISA.")
       .def_property_readonly("isa", [](const cpu::CpuBackend& b) { return std::string(b.isa()); })
       .def_property_readonly("n_threads", &cpu::CpuBackend::n_threads)
+      .def_property_readonly("nodes", &cpu::CpuBackend::nodes, "The nodes of its pool, as given.")
+      .def("count_reads", &cpu::CpuBackend::count_reads, arg("on"),
+           "Whether reads of weights are counted from now on, which costs some time and memory. "
+           "Not while a run is on.")
+      .def("take_reads", &take_reads,
+           "What was read since the last call: [(thread, NUMA node it ran on, NUMA node of the "
+           "bytes, bytes)]. Not while a run is on. Raises DeviceError.")
       .def("measure_peak", &measure_peak, arg("read_bytes"), arg("n_repeats"),
            "Rates per second that the threads reach at best: read_bytes of memory, and f32_ops, "
            "int8_ops, bf16_ops, two per multiply-add (0: the ISA has no unit). Takes read_bytes of "

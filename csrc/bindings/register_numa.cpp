@@ -102,6 +102,16 @@ void register_numa(py::module_& m) {
       },
       arg("memory"), arg("nodes"), arg("offset") = 0, arg("n_bytes") = -1,
       "Moves pages that lie elsewhere to `nodes`; returns how many. Raises DeviceError.");
+  m.def(
+      "bind_memory",
+      [](const py::buffer& memory, const std::vector<int>& nodes, int64_t offset, int64_t n_bytes,
+         const std::string& policy) {
+        const Bytes bytes = part_of(memory, offset, n_bytes);
+        return sys::bind_memory(bytes.begin, bytes.n_bytes, nodes, to_policy(policy));
+      },
+      arg("memory"), arg("nodes"), arg("offset") = 0, arg("n_bytes") = -1, arg("policy") = "bind",
+      "Gives pages of the buffer that are not there yet to `nodes`; the ends are widened to whole "
+      "pages. Returns why the system refused, or \"\". Raises DeviceError.");
   m.def("page_bytes", &sys::page_bytes, "Bytes of a page.");
 }
 

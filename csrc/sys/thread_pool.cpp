@@ -273,6 +273,7 @@ const ThreadPool::State& ThreadPool::state() const {
 int ThreadPool::n_threads() const { return state().n_threads; }
 int ThreadPool::n_nodes() const { return static_cast<int>(state().nodes.size()); }
 int ThreadPool::node_of(int thread) const { return state().node_of[static_cast<size_t>(thread)]; }
+const std::vector<NodeShare>& ThreadPool::nodes() const { return state().options.nodes; }
 std::span<const int64_t> ThreadPool::node_threads() const { return state().node_threads; }
 const std::vector<int>& ThreadPool::caller_cpus() const {
   return state().nodes[static_cast<size_t>(node_of(0))].cpus;

@@ -39,6 +39,7 @@ class ThreadPool {
   int n_threads() const;
   int n_nodes() const;
   int node_of(int thread) const;
+  const std::vector<NodeShare>& nodes() const;  // as given
   // Threads of each node.
   std::span<const int64_t> node_threads() const;
   // CPUs of thread 0's node: where a caller should be while it calls. Empty where any will do.

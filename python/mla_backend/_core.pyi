@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import typing
 import typing_extensions
-__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'CpuPlace', 'DeviceMemory', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'NodeMemory', 'NodeShare', 'NumaNode', 'ReadTeam', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Topology', 'Uploaded', 'Workspace', 'available_isas', 'available_memory_bytes', 'compiled_isas', 'copy_cells', 'dequantize', 'formats', 'is_network_fs', 'move_strays', 'page_bytes', 'pages_by_node', 'quantize', 'read_in_parallel', 'read_topology', 'requantize', 'rotate_rope', 'split_rows_over_nodes', 'usable_cpus', 'usable_physical_cores']
+__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'CpuPlace', 'DeviceMemory', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'NodeMemory', 'NodeShare', 'NumaNode', 'ReadTeam', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Topology', 'Uploaded', 'Workspace', 'available_isas', 'available_memory_bytes', 'bind_memory', 'compiled_isas', 'copy_cells', 'dequantize', 'formats', 'is_network_fs', 'move_strays', 'page_bytes', 'pages_by_node', 'quantize', 'read_in_parallel', 'read_topology', 'requantize', 'rotate_rope', 'split_rows_over_nodes', 'usable_cpus', 'usable_physical_cores']
 class Tensor:
     """
     A strided view over the memory of a buffer, which it keeps alive.
@@ -209,9 +209,17 @@ class CpuBackend(Backend):
         """
         Raises UnsupportedError where this CPU lacks the ISA.
         """
+    def count_reads(self, on: bool) -> None:
+        """
+        Whether reads of weights are counted from now on, which costs some time and memory. Not while a run is on.
+        """
     def measure_peak(self, read_bytes: typing.SupportsInt | typing.SupportsIndex, n_repeats: typing.SupportsInt | typing.SupportsIndex) -> dict[str, typing.Any]:
         """
         Rates per second that the threads reach at best: read_bytes of memory, and f32_ops, int8_ops, bf16_ops, two per multiply-add (0: the ISA has no unit). Takes read_bytes of memory.
+        """
+    def take_reads(self) -> list[tuple[int, int, int, int]]:
+        """
+        What was read since the last call: [(thread, NUMA node it ran on, NUMA node of the bytes, bytes)]. Not while a run is on. Raises DeviceError.
         """
     @property
     def isa(self) -> str:
@@ -219,6 +227,11 @@ class CpuBackend(Backend):
     @property
     def n_threads(self) -> int:
         ...
+    @property
+    def nodes(self) -> list[NodeShare]:
+        """
+        The nodes of its pool, as given.
+        """
 class SubsetBackend(Backend):
     """
     Another backend restricted to some ops, with memory of its own.
@@ -429,6 +442,10 @@ def available_isas() -> list[str]:
 def available_memory_bytes(root: str = '') -> int:
     """
     Bytes of anonymous memory this process may still take, by machine, cgroups and resource limits. root stands before /proc and /sys.
+    """
+def bind_memory(memory: typing_extensions.Buffer, nodes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], offset: typing.SupportsInt | typing.SupportsIndex = 0, n_bytes: typing.SupportsInt | typing.SupportsIndex = -1, policy: str = 'bind') -> str:
+    """
+    Gives pages of the buffer that are not there yet to `nodes`; the ends are widened to whole pages. Returns why the system refused, or "". Raises DeviceError.
     """
 def compiled_isas() -> list[str]:
     """

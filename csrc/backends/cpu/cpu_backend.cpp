@@ -117,7 +117,7 @@ void CpuBackend::copy(const Tensor& dst, const Tensor& src) {
 void CpuBackend::run(std::span<const Step> steps, const Buffer& scratch,
                      const Checkpoint& checkpoint) {
   const sys::RunOn at_its_node(pool_->caller_cpus());
-  const CpuRun run{kernels_, *pool_, scratch.data.get(), checkpoint};
+  const CpuRun run{kernels_, *pool_, scratch.data.get(), checkpoint, reads_.get()};
   for (const Step& step : steps) {
     checkpoint();
     if (step.node == nullptr) {
@@ -126,6 +126,14 @@ void CpuBackend::run(std::span<const Step> steps, const Buffer& scratch,
     }
     find(step.node->op)->run(step, run);
   }
+}
+
+void CpuBackend::count_reads(bool on) {
+  reads_ = on ? std::make_unique<ReadLog>(pool_->n_threads()) : nullptr;
+}
+
+std::vector<ReadLog::Traffic> CpuBackend::take_reads() {
+  return reads_ != nullptr ? reads_->take() : std::vector<ReadLog::Traffic>();
 }
 
 }  // namespace mla::cpu

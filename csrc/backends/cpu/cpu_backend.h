@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "backends/cpu/kernels.h"
+#include "backends/cpu/read_log.h"
 #include "exec/backend.h"
 #include "sys/thread_pool.h"
 
@@ -35,9 +36,17 @@ class CpuBackend final : public Backend {
            const Checkpoint& checkpoint) override;
   void sync() override {}
 
+  // From now on reads of weights are counted, which costs some time and memory; what was counted
+  // before is forgotten.
+  void count_reads(bool on);
+  // What was read since the last call; nothing where it is not counted.
+  std::vector<ReadLog::Traffic> take_reads();
+  const std::vector<sys::NodeShare>& nodes() const { return pool_->nodes(); }
+
  private:
   std::shared_ptr<sys::ThreadPool> pool_;
   const KernelTable& kernels_;
+  std::unique_ptr<ReadLog> reads_;
 };
 
 }  // namespace mla::cpu

@@ -7,6 +7,8 @@
 // Scratch: kRoundRows query rows and kPartRows partial rows, where a single token's do not exceed
 // that, so 9.4 + 16.9 MB for C = 512, R = 64, at any context length.
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <limits>
 
 #include "backends/cpu/ops/attention_common.h"
@@ -27,12 +29,14 @@ constexpr double kSliceFlop = 1e10;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How a span's cells are cut. Depends on the span alone: not on threads, nor on its neighbours.
+// Splits are powers of two, so that they end where runs of blocks on one node do.
 int64_t max_splits(const AttentionShape& s, int64_t n_tokens) {
   return ceil_div(kSpanTasks, std::max<int64_t>(ceil_div(n_tokens * s.h, s.absorbed.tile_rows), 1));
 }
 int64_t split_cells(const AttentionShape& s, const Span& span) {
   const int64_t cells = ceil_div(span.n_cells, max_splits(s, span.n_tokens));
-  return std::max(kMinSplitCells, ceil_div(cells, kPanelCells) * kPanelCells);
+  return std::max(kMinSplitCells,
+                  static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(cells))));
 }
 
 // Consecutive tokens of one span that are in the current round.
@@ -58,6 +62,7 @@ struct Round {
   float* part;         // [max_part_rows, pad(C)]
   float* part_max;     // [max_part_rows]
   float* part_sum;     // [max_part_rows]
+  int32_t* order;      // [max_part_rows]: tasks by the node of their cells
   std::byte* threads;  // [n_threads, thread_bytes]
   int64_t max_tokens, max_part_rows, thread_bytes;
   int64_t n_pieces = 0, n_tokens = 0, n_part_rows = 0, n_tasks = 0;
@@ -83,6 +88,7 @@ Round carve(const AttentionShape& s, Carver& carver) {
   round.part = carver.take<float>(round.max_part_rows * s.cp);
   round.part_max = carver.take<float>(round.max_part_rows);
   round.part_sum = carver.take<float>(round.max_part_rows);
+  round.order = carver.take<int32_t>(round.max_part_rows);  // no task has less than a row
   round.threads = carver.take<std::byte>(round.thread_bytes * s.n_threads);
   return round;
 }
@@ -105,16 +111,20 @@ void make_queries(const AttentionCall& call, const Round& round, int64_t head, i
                                  s.r, out + s.cp);
     std::fill(out + s.cp + s.r, out + row, 0.0f);
   }
+  call.note_read(call.k_b(), head, thread);
   s.q_latent.apply(call.k_b(), head, packed, q, s.h * row, n);
 }
 
 // ---- 2: partial results -------------------------------------------------------------------------
+const Piece* piece_of(const Round& round, int64_t task) {
+  return std::upper_bound(round.pieces, round.pieces + round.n_pieces, task,
+                          [](int64_t value, const Piece& p) { return value < p.first_task; }) -
+         1;
+}
+
 void attend(const AttentionCall& call, const Round& round, int64_t task, int thread) {
   const AttentionShape& s = call.shape;
-  const Piece* piece =
-      std::upper_bound(round.pieces, round.pieces + round.n_pieces, task,
-                       [](int64_t value, const Piece& p) { return value < p.first_task; }) -
-      1;
+  const Piece* piece = piece_of(round, task);
   // Splits outermost: tasks in flight together read the same cells.
   const int64_t n_rows = piece->n_rows(s.h);
   const int64_t n_groups = piece->n_groups(s);
@@ -145,6 +155,26 @@ void attend(const AttentionCall& call, const Round& round, int64_t task, int thr
   s.absorbed.run(tile);
 }
 
+// Tasks [first, first + n) on the nodes where their cells begin.
+void attend_on_nodes(const AttentionCall& call, const Round& round, int64_t first, int64_t n) {
+  const auto node_of = [&](int64_t task) {
+    const Piece* piece = piece_of(round, task);
+    const int64_t split = (task - piece->first_task) / piece->n_groups(call.shape);
+    return static_cast<size_t>(call.part_of(piece->span, split * piece->split_cells));
+  };
+  const size_t n_parts = call.step.in[2].slices->parts.size();
+  std::array<int64_t, sys::kMaxNodes + 1> begins = {};
+  for (int64_t i = 0; i < n; ++i) ++begins[node_of(first + i) + 1];
+  for (size_t i = 0; i < n_parts; ++i) begins[i + 1] += begins[i];
+  std::array<int64_t, sys::kMaxNodes + 1> next = begins;
+  for (int64_t i = 0; i < n; ++i) {
+    round.order[next[node_of(first + i)]++] = static_cast<int32_t>(first + i);
+  }
+  call.run.pool.parallel_for(
+      std::span<const int64_t>(begins.data(), n_parts + 1),
+      [&](int64_t i, int thread) { attend(call, round, round.order[i], thread); });
+}
+
 // Pass 2, with a look at the checkpoint every now and then.
 void attend_all(const AttentionCall& call, const Round& round) {
   const AttentionShape& s = call.shape;
@@ -158,9 +188,13 @@ void attend_all(const AttentionCall& call, const Round& round) {
   const int64_t slice = per_thread * call.n_threads();
   for (int64_t first = 0; first < round.n_tasks; first += slice) {
     call.run.checkpoint();
+    const int64_t n = std::min(slice, round.n_tasks - first);
+    if (call.run.pool.n_nodes() > 1 && call.step.in[2].slices != nullptr) {
+      attend_on_nodes(call, round, first, n);
+      continue;
+    }
     call.run.pool.parallel_for(
-        std::min(slice, round.n_tasks - first),
-        [&](int64_t task, int thread) { attend(call, round, first + task, thread); });
+        n, [&](int64_t task, int thread) { attend(call, round, first + task, thread); });
   }
 }
 
@@ -190,6 +224,7 @@ void make_values(const AttentionCall& call, const Round& round, int64_t head, in
       call.run.kernels.attention->merge(parts, latent);
       s.value.pack_row(reinterpret_cast<const std::byte*>(latent), sizeof(float), packed, i);
     }
+    call.note_read(call.v_b(), head, thread);
     s.value.apply(call.v_b(), head, packed,
                   call.out(piece.span.first_token + piece.begin + in_piece, head), s.h * s.v, n);
     first += n;
@@ -200,12 +235,12 @@ void run_round(const AttentionCall& call, Round& round) {
   const int64_t heads = call.shape.h;
   const int64_t n_chunks = ceil_div(round.n_tokens, kProductRows);
   call.run.checkpoint();
-  call.run.pool.parallel_for(heads * n_chunks, [&](int64_t task, int thread) {
+  for_heads(call.run, call.k_b(), 0, heads, n_chunks, [&](int64_t task, int thread) {
     make_queries(call, round, task / n_chunks, task % n_chunks * kProductRows, thread);
   });
   attend_all(call, round);
   call.run.checkpoint();
-  call.run.pool.parallel_for(heads * n_chunks, [&](int64_t task, int thread) {
+  for_heads(call.run, call.v_b(), 0, heads, n_chunks, [&](int64_t task, int thread) {
     make_values(call, round, task / n_chunks, task % n_chunks * kProductRows, thread);
   });
   round.n_pieces = round.n_tokens = round.n_part_rows = round.n_tasks = 0;

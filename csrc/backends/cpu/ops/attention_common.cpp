@@ -80,6 +80,16 @@ CacheCells AttentionCall::cells(const Span& span) const {
           span.first_cell};
 }
 
+int AttentionCall::part_of(const Span& span, int64_t begin) const {
+  const Tensor& plane = step.in[2];
+  if (plane.slices == nullptr) return -1;
+  const int64_t cell = span.first_cell + begin;
+  const int32_t* blocks = cells(span).blocks;
+  const int64_t row =
+      blocks[cell / attrs.block_cells] * int64_t{attrs.block_cells} + cell % attrs.block_cells;
+  return plane.slices->find(plane.slices_offset + row * plane.stride[2]).part;
+}
+
 namespace {
 
 void check_blocks(const AttentionCall& call, int64_t index, const Span& span) {

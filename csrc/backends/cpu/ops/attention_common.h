@@ -7,6 +7,7 @@
 #include "backends/cpu/attention_kernels.h"
 #include "backends/cpu/ops/carver.h"
 #include "backends/cpu/ops/ops.h"
+#include "backends/cpu/ops/parts.h"
 #include "graph/ops.h"
 
 namespace mla::cpu {
@@ -69,6 +70,13 @@ struct AttentionCall {
   Span span(int64_t i) const;
   CacheCells cells(const Span& span) const;
   int n_threads() const { return shape.n_threads; }
+  // One head of k_b or v_b is read by this thread.
+  void note_read(const Tensor& weight, int64_t head, int thread) const {
+    if (run.reads == nullptr) return;
+    run.reads->add(thread, weight.at(0, head, 0), weight.shape.extent[2] * weight.stride[2]);
+  }
+  // Where cells [begin, ..) of a span lie: the part of the cache's planes, -1 if there are none.
+  int part_of(const Span& span, int64_t begin) const;
 };
 
 // Checks every span against the operands and marks its tokens; throws ShapeError with the values.

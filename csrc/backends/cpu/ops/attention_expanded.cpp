@@ -110,6 +110,7 @@ void expand(const AttentionCall& call, const Block& b, int64_t slot, bool values
   rows.n = values ? s.v : s.n;
   rows.c = s.c;
   rows.across = !values && !call.attrs.k_b_transposed;
+  call.note_read(values ? call.v_b() : call.k_b(), b.first_head + slot, thread);
   pack_weight(call, values ? call.v_b() : call.k_b(), b.first_head + slot, rows, weight,
               reinterpret_cast<float*>(weight + round_up(b.bytes.weight)));
   const int64_t end = std::min(first + kTaskCells, b.n_cells);
@@ -174,10 +175,12 @@ void run_block(const AttentionCall& call, const Span& span, Block& b) {
   for (b.first_head = 0; b.first_head < call.shape.h; b.first_head += b.group_heads) {
     call.run.checkpoint();
     const int64_t n_heads = std::min(b.group_heads, call.shape.h - b.first_head);
-    pool.parallel_for(n_heads * 2 * n_chunks, [&](int64_t task, int thread) {
-      const int64_t first = task % n_chunks * kTaskCells;
-      expand(call, b, task / n_chunks / 2, task / n_chunks % 2 != 0, first, thread);
-    });
+    // Where the head's k_b is; its v_b is there too, because both are split by heads.
+    for_heads(call.run, call.k_b(), b.first_head, n_heads, 2 * n_chunks,
+              [&](int64_t task, int thread) {
+                const int64_t first = task % n_chunks * kTaskCells;
+                expand(call, b, task / n_chunks / 2, task / n_chunks % 2 != 0, first, thread);
+              });
     pool.parallel_for(n_heads * n_tiles, [&](int64_t task, int thread) {
       attend(call, span, b, task / n_tiles, task % n_tiles * tile_rows, thread);
     });

@@ -4,7 +4,6 @@
 // into tiles; the chunks of work are (matrix of w, tile, range of n).
 #include <algorithm>
 
-#include "backends/cpu/ops/parts.h"
 #include "backends/cpu/ops/products.h"
 #include "backends/cpu/ops/rows.h"
 
@@ -46,9 +45,7 @@ struct Matmul {
     room = carver.take<std::byte>(n_threads * reader.room_bytes);
   }
 
-  int64_t n_chunks() const {
-    return w_shape.extent[0] * w_shape.extent[1] * tiles_per_matrix * columns.n_chunks();
-  }
+  int64_t n_tiles() const { return w_shape.extent[0] * w_shape.extent[1] * tiles_per_matrix; }
 };
 
 // Copies residual[n_begin, n_end) of one row to y.
@@ -58,16 +55,15 @@ void copy_residual(const std::byte* row, int64_t stride, int64_t n_begin, int64_
   }
 }
 
-void run_chunk(const Matmul& op, const Step& step, int64_t chunk, int thread) {
+// Columns [begin, end) of one tile, counted over all matrices.
+void run_chunk(const Matmul& op, const Step& step, const CpuRun& run, int64_t index, int64_t begin,
+               int64_t end, int thread) {
   const Tensor& w = step.in[1];
   const Tensor& residual = step.in[2];
-  const int64_t n_chunk = chunk % op.columns.n_chunks();
-  const int64_t tile = chunk / op.columns.n_chunks() % op.tiles_per_matrix;
-  const int64_t matrix = chunk / op.columns.n_chunks() / op.tiles_per_matrix;
+  const int64_t tile = index % op.tiles_per_matrix;
+  const int64_t matrix = index / op.tiles_per_matrix;
   const int64_t w0 = matrix / op.w_shape.extent[1];
   const int64_t w1 = matrix % op.w_shape.extent[1];
-  const int64_t begin = op.columns.begin(n_chunk);
-  const int64_t end = op.columns.end(n_chunk);
 
   const std::byte* x[kMaxTileRows];
   float* y[kMaxTileRows];
@@ -84,10 +80,8 @@ void run_chunk(const Matmul& op, const Step& step, int64_t chunk, int thread) {
       copy_residual(residual.at(i0, i1, m), residual.stride[3], begin, end, y[r]);
     }
   }
-  std::byte* room = op.room + thread * op.reader.room_bytes;
-  for_runs(w, w0, w1, begin, end, [&](const std::byte* base, int64_t first_n, int64_t last_n) {
-    multiply(op.reader, base, first_n, last_n, {x, y, n_rows}, residual.data != nullptr, room);
-  });
+  multiply(run, thread, op.reader, w, {w0, w1, begin, end}, {x, y, n_rows}, 0,
+           residual.data != nullptr, op.room + thread * op.reader.room_bytes);
 }
 
 bool supports_matmul(const Node& node, const KernelTable& kernels) {
@@ -111,8 +105,10 @@ void run_matmul(const Step& step, const CpuRun& run) {
             run.pool.n_threads(), carver);
   op.rows.pack(step.in[0], run);
   run.checkpoint();
-  run.pool.parallel_for(op.n_chunks(),
-                        [&](int64_t chunk, int thread) { run_chunk(op, step, chunk, thread); });
+  const sys::NodeSplit columns = columns_on_nodes(op.reader, step.in[1], op.columns);
+  sys::for_tiles(run.pool, columns, op.n_tiles(), [&](int64_t tile, int64_t chunk, int thread) {
+    run_chunk(op, step, run, tile, columns.begin(chunk), columns.end(chunk), thread);
+  });
 }
 
 }  // namespace

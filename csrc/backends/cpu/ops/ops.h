@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backends/cpu/kernels.h"
+#include "backends/cpu/read_log.h"
 #include "exec/backend.h"
 #include "sys/thread_pool.h"
 
@@ -12,6 +13,7 @@ struct CpuRun {
   sys::ThreadPool& pool;
   std::byte* scratch;            // scratch_bytes(node) bytes, 64-byte aligned
   const Checkpoint& checkpoint;  // long ops call it between their phases; it may throw
+  ReadLog* reads = nullptr;      // told what is read of weights; null as a rule
 };
 
 struct CpuOp {

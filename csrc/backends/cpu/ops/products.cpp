@@ -64,8 +64,11 @@ WeightReader WeightReader::plan(const Layout& w, const MatmulAttrs& attrs,
   return r;
 }
 
-void multiply(const WeightReader& reader, const std::byte* w, int64_t begin, int64_t end,
-              const RowTile& tile, bool accumulate, std::byte* room) {
+namespace {
+
+// y[i][n] (+)= x[i] . w[n] for n in [begin, end), w in one piece.
+void multiply_piece(const WeightReader& reader, const std::byte* w, int64_t begin, int64_t end,
+                    const RowTile& tile, bool accumulate, std::byte* room) {
   MatmulTile t{w,          reader.n_stride,
                begin,      end,
                reader.k,   tile.x,
@@ -89,6 +92,37 @@ void multiply(const WeightReader& reader, const std::byte* w, int64_t begin, int
     t.n_end = n_rows;
     reader.kernel(t);
   }
+}
+
+}  // namespace
+
+void multiply(const CpuRun& run, int thread, const WeightReader& reader, const Tensor& w,
+              const WeightRange& range, const RowTile& tile, int64_t y_begin, bool accumulate,
+              std::byte* room) {
+  const auto piece = [&](const std::byte* base, int64_t begin, int64_t end) {
+    if (run.reads != nullptr && reader.reading == Reading::rows) {
+      run.reads->add(thread, base + begin * reader.n_stride, (end - begin) * reader.n_stride);
+    }
+    multiply_piece(reader, reader.skip(base, y_begin), begin - y_begin, end - y_begin, tile,
+                   accumulate, room);
+  };
+  if (w.slices == nullptr) return piece(w.at(range.i0, range.i1, 0), range.begin, range.end);
+  for (int64_t begin = range.begin; begin < range.end;) {
+    const Tensor::Rows rows = w.rows_at(range.i0, range.i1, begin);
+    const int64_t end = std::min(begin + rows.n, range.end);
+    piece(rows.data - begin * w.stride[2], begin, end);
+    begin = end;
+  }
+}
+
+sys::NodeSplit columns_on_nodes(const WeightReader& reader, const Tensor& w,
+                                const sys::RowSplit& columns) {
+  const PartBegins rows(w, 2);
+  if (!rows.empty() && reader.reading == Reading::rows) {
+    return sys::split_on_nodes(rows.span(), columns.rows_per_chunk);
+  }
+  const int64_t whole[] = {0, columns.n_rows};
+  return sys::split_on_nodes(whole, columns.rows_per_chunk);
 }
 
 PackedRows::PackedRows(const Layout& x, const WeightReader& reader, Carver& carver)

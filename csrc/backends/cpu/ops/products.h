@@ -8,6 +8,7 @@
 
 #include "backends/cpu/ops/carver.h"
 #include "backends/cpu/ops/ops.h"
+#include "backends/cpu/ops/parts.h"
 
 namespace mla::cpu {
 
@@ -48,9 +49,15 @@ struct RowTile {
   float* const* y;
   int64_t n_rows;  // <= kMaxTileRows
 };
-// y[i][n] (+)= x[i] . w[n] for n in [begin, end).
-void multiply(const WeightReader& reader, const std::byte* w, int64_t begin, int64_t end,
-              const RowTile& tile, bool accumulate, std::byte* room);
+// Rows [begin, end) of matrix (i0, i1) of a weight.
+struct WeightRange {
+  int64_t i0, i1;
+  int64_t begin, end;
+};
+// y[i][n - y_begin] (+)= x[i] . w[n] for the n of the range; y_begin is 0 or range.begin.
+void multiply(const CpuRun& run, int thread, const WeightReader& reader, const Tensor& w,
+              const WeightRange& range, const RowTile& tile, int64_t y_begin, bool accumulate,
+              std::byte* room);
 
 // The rows of x [.., M, K] as a reader wants them; rows that a stride of 0 repeats are packed
 // once, float32 rows that lie right are used in place.
@@ -80,6 +87,9 @@ int64_t expert_tile_rows(const WeightReader& reader);
 // above max_rows.
 sys::RowSplit split_columns(const WeightReader& reader, int64_t rows_per_tile, int n_threads,
                             int64_t max_rows);
+// The same chunks, each on the node that has these rows of w.
+sys::NodeSplit columns_on_nodes(const WeightReader& reader, const Tensor& w,
+                                const sys::RowSplit& columns);
 
 // (token, slot) pairs ordered by expert (within one: by token, then slot), and cut into tiles that
 // meet one expert each.

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <optional>
 
-#include "backends/cpu/ops/parts.h"
 #include "backends/cpu/ops/products.h"
 #include "backends/cpu/ops/rows.h"
 
@@ -112,14 +111,11 @@ void run_tile(const SwigluMatmul& op, const Step& step, const CpuRun& run, int64
   for (int64_t r = 0; r < rows.n_rows; ++r) up_y[r] = products + r * width;
 
   std::byte* room = op.room + thread * op.room_bytes;
-  const auto product = [&](const WeightReader& reader, const Tensor& w, const RowTile& t) {
-    for_runs(
-        w, 0, rows.expert, begin, end, [&](const std::byte* base, int64_t first, int64_t last) {
-          multiply(reader, reader.skip(base, begin), first - begin, last - begin, t, false, room);
-        });
-  };
-  product(op.gate, step.in[1], {rows.x, rows.y, rows.n_rows});
-  product(op.up, step.in[2], {rows.up_x, up_y, rows.n_rows});
+  const WeightRange range = {0, rows.expert, begin, end};
+  multiply(run, thread, op.gate, step.in[1], range, {rows.x, rows.y, rows.n_rows}, begin, false,
+           room);
+  multiply(run, thread, op.up, step.in[2], range, {rows.up_x, up_y, rows.n_rows}, begin, false,
+           room);
   for (int64_t r = 0; r < rows.n_rows; ++r) {
     run.kernels.row->swiglu(rows.y[r], up_y[r], end - begin, rows.y[r]);
   }
@@ -155,11 +151,9 @@ void run_swiglu_matmul(const Step& step, const CpuRun& run) {
   op.rows.pack(step.in[0], run);
   if (op.up_rows) op.up_rows->pack(step.in[0], run);
   run.checkpoint();
-  const int64_t n_pieces = op.columns.n_chunks();
-  run.pool.parallel_for(op.n_tiles() * n_pieces, [&](int64_t chunk, int thread) {
-    const int64_t piece = chunk % n_pieces;
-    run_tile(op, step, run, chunk / n_pieces, op.columns.begin(piece), op.columns.end(piece),
-             thread);
+  const sys::NodeSplit columns = columns_on_nodes(op.gate, step.in[1], op.columns);
+  sys::for_tiles(run.pool, columns, op.n_tiles(), [&](int64_t tile, int64_t chunk, int thread) {
+    run_tile(op, step, run, tile, columns.begin(chunk), columns.end(chunk), thread);
   });
 }
 
