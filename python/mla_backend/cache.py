@@ -17,6 +17,7 @@ import numpy as np
 
 from mla_backend import _core
 from mla_backend.cache_memory import CACHE_TYPES, Bytes, CacheMemory, Int32s, row_bytes
+from mla_backend.cache_nodes import FreeBlocks, split_blocks
 from mla_backend.config import ModelConfig
 from mla_backend.errors import ContextError, ShapeError, UsageError
 from mla_backend.models.inputs import CacheLayout
@@ -103,10 +104,20 @@ class LatentCache:
         self.total_bytes = cache_bytes(config, cache_type, n_ctx)
         self._cell_bytes = sum(row_bytes(config, cache_type))  # in one layer
         self._config = config
-        self.memory = CacheMemory(config, cache_type, self.n_cells, backend, devices or {}, kv_file)
+        shares = [] if kv_file is not None else backend.nodes
+        weights = [share.weight if share.cpus else 0 for share in shares] or [1]
+        begins = split_blocks(self.n_blocks, weights, BLOCK_CELLS * self._cell_bytes)
+        self.memory = CacheMemory(
+            config,
+            cache_type,
+            [begin * BLOCK_CELLS for begin in begins],
+            backend,
+            devices or {},
+            kv_file,
+        )
         self.layout = CacheLayout(self.memory.layers, BLOCK_CELLS, self.n_blocks)
         self._users = [0] * self.n_blocks
-        self._free = list(range(self.n_blocks - 1, -1, -1))
+        self._free = FreeBlocks(begins)
         self._free_rows = list(range(max_sequences - 1, -1, -1))
         #: Blocks of each sequence, as attention reads it: I32 [sequences, blocks].
         self.block_table: Int32s = np.zeros((max_sequences, self.n_blocks), np.int32)
@@ -225,7 +236,8 @@ class LatentCache:
         if shared:
             self._own(sequence, [tail])
         if n_new:
-            sequence.blocks += [self._take() for _ in range(n_new)]
+            for _ in range(n_new):
+                sequence.blocks.append(self._take(sequence, len(sequence.blocks)))
             self._write_table(sequence)
         return self.cells(sequence, sequence.n_cells, n_tokens)
 
@@ -268,17 +280,18 @@ class LatentCache:
 
     # ---- blocks ---------------------------------------------------------------------------------
 
-    def _take(self) -> int:
+    def _take(self, sequence: CacheSequence, index: int) -> int:
+        """A block to be number ``index`` of the sequence."""
         if not self._free:
             raise ContextError(f"the cache's {self.n_cells} positions are in use")
-        block = self._free.pop()
+        block = self._free.take(sequence.row, index)
         self._users[block] = 1
         return block
 
     def _release(self, block: int) -> None:
         self._users[block] -= 1
         if self._users[block] == 0:
-            self._free.append(block)
+            self._free.give(block)
 
     def _own(self, sequence: CacheSequence, indices: Rows[int]) -> None:
         """Replace shared blocks among ``indices`` by copies of their own."""
@@ -288,7 +301,7 @@ class LatentCache:
                 f"{len(shared)} shared blocks would have to be copied, {len(self._free)} are free"
             )
         for i in shared:
-            old, new = sequence.blocks[i], self._take()
+            old, new = sequence.blocks[i], self._take(sequence, i)
             offsets = np.arange(BLOCK_CELLS, dtype=np.int32)
             self.memory.copy(old * BLOCK_CELLS + offsets, new * BLOCK_CELLS + offsets)
             sequence.blocks[i] = new

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from mla_backend import _core, formats
 from mla_backend.config import ModelConfig
 from mla_backend.errors import DeviceError, MemoryLimitError, UsageError
+from mla_backend.loading import Part
 from mla_backend.models.inputs import CachePlanes
 from mla_backend.models.rope import rope_frequencies
 
@@ -75,19 +76,32 @@ class CacheMemory:
         self,
         config: ModelConfig,
         cache_type: str,
-        n_cells: int,
+        begins: Sequence[int],
         backend: _core.CpuBackend,
         devices: Mapping[int, _core.Backend],
         kv_file: Path | None,
     ) -> None:
-        """``devices``: where layers lie that do not lie in host memory (or in ``kv_file``)."""
+        """What is to lie where.
+
+        Args:
+            begins: where the cells of each of the backend's nodes begin, and their number at the
+                end. One node, and cells lie where they are first touched.
+            devices: where layers lie that do not lie in host memory (or in ``kv_file``).
+        """
         self._backend = backend
         self._frequencies = rope_frequencies(config)
         widths = row_bytes(config, cache_type)
         n_host = sum(layer not in devices for layer in range(config.n_layer))
+        n_cells = begins[-1]
         layer_bytes = n_cells * sum(widths)
         self.n_host_bytes = n_host * layer_bytes
-        host = allocate(n_host * layer_bytes, kv_file)
+        on_nodes = len(begins) > 2
+        page = _core.page_bytes() if on_nodes else 1
+        layer_step = -(-layer_bytes // page) * page  # so that no page has cells of two layers
+        n_bytes = n_host * layer_step
+        host = _pages(n_bytes) if on_nodes else allocate(n_bytes, kv_file)
+        #: What lies on which nodes.
+        self.parts: list[Part] = []
         # A file's pages are shared with forked children, which must not write there.
         self._only_pid = None if kv_file is None else os.getpid()
         self._layers: list[_LayerCells] = []
@@ -96,8 +110,11 @@ class CacheMemory:
             device = devices.get(layer)
             if device is None:
                 part = host[begin : begin + layer_bytes]
-                begin += layer_bytes
-                self._layers.append(_HostCells(config, cache_type, part))
+                if on_nodes:
+                    bounds = [begin + cell * sum(widths) for cell in begins]
+                    self.parts += _bind(host, bounds, backend.nodes)
+                begin += layer_step
+                self._layers.append(_HostCells(config, cache_type, part, begins))
             else:
                 memory = _core.DeviceMemory(device, layer_bytes)
                 self._layers.append(_DeviceCells(config, cache_type, device, memory))
@@ -131,12 +148,14 @@ class CacheMemory:
 
 
 class _HostCells:
-    def __init__(self, config: ModelConfig, cache_type: str, memory: Bytes) -> None:
+    def __init__(
+        self, config: ModelConfig, cache_type: str, memory: Bytes, begins: Sequence[int]
+    ) -> None:
         latent_bytes, rope_bytes = row_bytes(config, cache_type)
         self._rows = memory.reshape(-1, latent_bytes + rope_bytes)
         n_cells, stride = self._rows.shape
         latent, rope = _plane_formats(cache_type)
-        self.planes = CachePlanes(
+        planes = CachePlanes(
             _core.Tensor(
                 memory, latent.name, [n_cells, config.kv_lora_rank], [stride, latent.block_bytes]
             ),
@@ -148,6 +167,12 @@ class _HostCells:
                 latent_bytes,
             ),
         )
+        if len(begins) > 2:
+            planes = CachePlanes(
+                planes.latent.with_parts(begins),
+                planes.rope.with_parts(begins),
+            )
+        self.planes = planes
 
     def read(self, cells: Int32s) -> Bytes:
         return self._rows[cells]
@@ -205,6 +230,30 @@ class _DeviceCells:
 
 def _plane_formats(cache_type: str) -> tuple[formats.Format, formats.Format]:
     return formats.by_name(cache_type), formats.by_name(_ROPE_TYPE[cache_type])
+
+
+def _bind(memory: Bytes, bounds: Sequence[int], shares: Sequence[_core.NodeShare]) -> list[Part]:
+    """Give bytes [bounds[i], bounds[i + 1]) to the nodes of each share, before they are touched.
+
+    Pages that two parts share are the later one's, and are counted with neither.
+    """
+    page = _core.page_bytes()
+    parts = []
+    for share, begin, end in zip(shares, bounds, bounds[1:], strict=False):
+        if begin == end or not share.nodes:
+            continue
+        policy = "interleave" if len(share.nodes) > 1 else "bind"
+        _core.bind_memory(memory, share.nodes, begin, end - begin, policy)
+        first, last = -(-begin // page) * page, end // page * page
+        if first < last:
+            label = f"cache of node {', '.join(map(str, share.nodes))}"
+            parts.append(Part(label, tuple(share.nodes), memory, first, last))
+    return parts
+
+
+def _pages(n_bytes: int) -> Bytes:
+    """Zeroed memory that begins with a page, to be given to nodes."""
+    return np.asarray(_core.NodeMemory(n_bytes, []))
 
 
 def allocate(n_bytes: int, kv_file: Path | None) -> Bytes:

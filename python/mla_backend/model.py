@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, replace
 from operator import index
 from pathlib import Path
@@ -40,6 +40,7 @@ from mla_backend.runner import Engine, Logits, Runner
 from mla_backend.sampling import SamplingParams
 from mla_backend.session import Session
 from mla_backend.tokenizer import Tokenizer
+from mla_backend.traffic import ReadTraffic, counting
 from mla_backend.weights import check as check_weights
 
 if TYPE_CHECKING:
@@ -248,7 +249,16 @@ class Model:
         Pages that strayed are moved back, unless ``repair`` is False. Raises DeviceError where the
         kernel does not tell.
         """
-        return placement_report(self._engine.weights.parts, repair=repair)
+        parts = (*self._engine.weights.parts, *self._cache.memory.parts)
+        return placement_report(parts, repair=repair)
+
+    def counting_reads(self) -> AbstractContextManager[ReadTraffic]:
+        """Count the weight bytes that threads read within, by NUMA node; for diagnosis, it is slow.
+
+        No other thread may use the model meanwhile. Raises DeviceError where the kernel does not
+        tell the nodes of pages.
+        """
+        return counting(self._backend, [group.nodes for group in self._numa.groups])
 
     @property
     def isa(self) -> str:

@@ -80,8 +80,29 @@ class PlacementReport:
 
 
 def placement_report(parts: Sequence[Part], *, repair: bool) -> PlacementReport:
-    """Ask the kernel. Raises DeviceError where it does not tell."""
-    return PlacementReport(tuple(_examine(part, repair) for part in parts))
+    """Ask the kernel. Raises DeviceError where it does not tell.
+
+    Parts of one label count as one.
+    """
+    by_label: dict[str, PartResidency] = {}
+    for part in parts:
+        found = _examine(part, repair)
+        before = by_label.get(part.label)
+        by_label[part.label] = found if before is None else _sum(before, found)
+    return PlacementReport(tuple(by_label.values()))
+
+
+def _sum(a: PartResidency, b: PartResidency) -> PartResidency:
+    return PartResidency(
+        label=a.label,
+        nodes=a.nodes,
+        n_bytes=a.n_bytes + b.n_bytes,
+        n_pages=a.n_pages + b.n_pages,
+        n_local=a.n_local + b.n_local,
+        n_moved=a.n_moved + b.n_moved,
+        absent_bytes=a.absent_bytes + b.absent_bytes,
+        node_bytes=dict(Counter(a.node_bytes) + Counter(b.node_bytes)),
+    )
 
 
 def _examine(part: Part, repair: bool) -> PartResidency:

@@ -75,6 +75,7 @@ LAYER = {
     "bundled": "model",
     "cache": "session",
     "cache_memory": "session",
+    "cache_nodes": "session",
     "chat": "tokenizer",
     "chunks": "model",
     "config_keys": "config",
@@ -106,6 +107,7 @@ LAYER = {
     "session_file": "session",
     "stops": "generator",
     "thinking": "tokenizer",
+    "traffic": "model",
     "vocabulary": "tokenizer",
 }
 
