@@ -22,20 +22,43 @@ struct CancelToken {
   std::atomic<bool> cancelled{false};
 };
 
-// Asks for the GIL now and then, so that Ctrl-C and other signals reach Python during a run.
-Checkpoint make_checkpoint(const CancelToken* token) {
+// Looks at a run from the inside: asks for the GIL now and then, so that Ctrl-C and other signals
+// reach Python, and says how far the run is.
+class RunWatch {
+ public:
+  RunWatch(const CancelToken* token, const py::object& on_steps, int64_t n_steps)
+      : token_(token), on_steps_(on_steps), n_steps_(n_steps) {}
+
+  Checkpoint checkpoint() {
+    return Checkpoint([this] { look(); }, &n_done_);
+  }
+
+ private:
   using Clock = std::chrono::steady_clock;
-  static constexpr auto kInterval = std::chrono::milliseconds(20);
-  return [token, next = Clock::now() + kInterval]() mutable {
-    if (token != nullptr && token->cancelled.load(std::memory_order_relaxed)) {
+  static constexpr auto kSignalInterval = std::chrono::milliseconds(20);
+  static constexpr auto kReportInterval = std::chrono::milliseconds(250);
+
+  void look() {
+    if (token_ != nullptr && token_->cancelled.load(std::memory_order_relaxed)) {
       throw CancelledError("cancelled");
     }
-    if (Clock::now() < next) return;
-    next = Clock::now() + kInterval;
+    const auto now = Clock::now();
+    if (now < next_signals_) return;
+    next_signals_ = now + kSignalInterval;
     const py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-  };
-}
+    if (on_steps_.is_none() || now < next_report_) return;
+    next_report_ = now + kReportInterval;
+    on_steps_(n_done_, n_steps_);
+  }
+
+  const CancelToken* token_;
+  const py::object& on_steps_;
+  int64_t n_steps_;
+  int64_t n_done_ = 0;
+  Clock::time_point next_signals_ = Clock::now() + kSignalInterval;
+  Clock::time_point next_report_ = Clock::now() + kReportInterval;
+};
 
 struct PyExecutor {
   std::shared_ptr<std::vector<py::object>> owners;  // outlive the executor, which uses their memory
@@ -63,7 +86,8 @@ InputData to_input(const std::string& name, const py::array& value) {
   return {name, format, to_shape(dims), value.data()};
 }
 
-void run(PyExecutor& self, const py::dict& inputs, const CancelToken* cancel, bool wait) {
+void run(PyExecutor& self, const py::dict& inputs, const CancelToken* cancel, bool wait,
+         const py::object& on_steps) {
   std::vector<std::string> names;
   std::vector<py::array> arrays;
   std::vector<InputData> data;
@@ -73,7 +97,8 @@ void run(PyExecutor& self, const py::dict& inputs, const CancelToken* cancel, bo
     arrays.push_back(py::cast<py::array>(value));
     data.push_back(to_input(names.back(), arrays.back()));
   }
-  const Checkpoint checkpoint = make_checkpoint(cancel);
+  RunWatch watch(cancel, on_steps, self.executor->n_steps());
+  const Checkpoint checkpoint = watch.checkpoint();
   const py::gil_scoped_release unlocked;
   wait ? self.executor->run(data, checkpoint) : self.executor->begin(data, checkpoint);
 }
@@ -275,10 +300,12 @@ void register_backends(py::module_& m) {
            arg("graph"), arg("workspace").none(false),
            "Raises UnsupportedError where no backend has a node.")
       .def("run", &run, arg("inputs"), arg("cancel") = nullptr, arg("wait") = true,
+           arg("on_steps") = py::none(),
            "inputs: float32 or int32 arrays by name, C-contiguous. Without wait devices may still "
            "be at work afterwards: what runs next in the workspace comes after it, what fails is "
-           "raised there, and there are no outputs. Raises CancelledError, and DeviceError where "
-           "the workspace is in use.")
+           "raised there, and there are no outputs. on_steps(done, in all) is called a few times "
+           "a second, what it raises stops the run; devices count nothing. Raises CancelledError, "
+           "and DeviceError where the workspace is in use.")
       .def("output", &output, arg("index") = 0,
            "View of an output; its values stay until the next run in the workspace. What is due on "
            "demand is copied by the first call after a run. Raises DeviceError where values are "

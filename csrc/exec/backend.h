@@ -2,12 +2,15 @@
 #pragma once
 
 #include <array>
+#include <concepts>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "graph/node.h"
 
@@ -37,7 +40,21 @@ struct Step {
 
 // Called between steps, at least once per node, on the thread that called run. It throws
 // (CancelledError, or what the caller likes) to stop; nothing is left half-locked.
-using Checkpoint = std::function<void()>;
+class Checkpoint {
+ public:
+  // n_steps: where steps are counted that have been computed; a device that works on its own time
+  // counts none.
+  template <std::invocable Look>
+  Checkpoint(Look look, int64_t* n_steps = nullptr) : look_(std::move(look)), n_steps_(n_steps) {}
+  void operator()() const { look_(); }
+  void count_step() const {
+    if (n_steps_ != nullptr) ++*n_steps_;
+  }
+
+ private:
+  std::function<void()> look_;
+  int64_t* n_steps_;
+};
 
 // A point in the work that a backend has been given, which others may wait for.
 class Mark {

@@ -40,6 +40,7 @@ class Executor {
   // grow. Throws DeviceError where they are gone, or there were none yet.
   // What is due on demand is copied there by the first call.
   Tensor output(size_t i);
+  int64_t n_steps() const { return static_cast<int64_t>(steps_.size()); }
   const Plan& plan() const { return plan_; }
   const Workspace& workspace() const { return *workspace_; }
 

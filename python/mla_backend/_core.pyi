@@ -293,9 +293,9 @@ class Executor:
         """
         arena_bytes, unshared_bytes, scratch_bytes, n_copies, n_direct_copies (from device to device), steps [(op or "hop", backend)], refusals [why nodes are not where they were wanted].
         """
-    def run(self, inputs: dict[str, typing.Any], cancel: CancelToken | None = None, wait: bool = True) -> None:
+    def run(self, inputs: dict[str, typing.Any], cancel: CancelToken | None = None, wait: bool = True, on_steps: typing.Any = None) -> None:
         """
-        inputs: float32 or int32 arrays by name, C-contiguous. Without wait devices may still be at work afterwards: what runs next in the workspace comes after it, what fails is raised there, and there are no outputs. Raises CancelledError, and DeviceError where the workspace is in use.
+        inputs: float32 or int32 arrays by name, C-contiguous. Without wait devices may still be at work afterwards: what runs next in the workspace comes after it, what fails is raised there, and there are no outputs. on_steps(done, in all) is called a few times a second, what it raises stops the run; devices count nothing. Raises CancelledError, and DeviceError where the workspace is in use.
         """
 class DeviceMemory:
     """

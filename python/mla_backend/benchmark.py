@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol, TypedDict
 import numpy as np
 
 from mla_backend.attention_mode import MODES, AttentionMode
+from mla_backend.batching import pass_sizes
 from mla_backend.cost import CostModel, Pass
 from mla_backend.devices import cuda_module
 from mla_backend.energy import EnergyMeter
@@ -268,11 +269,11 @@ class Bench:
 
         Devices record what runs a second time.
         """
-        n_batch = self._model.n_batch
-        last = (len(ids) - 1) % n_batch + 1
-        whole = n_batch if len(ids) > n_batch else 0
+        sizes = pass_sizes(len(ids), self._model.n_batch)
+        evened = len(sizes) > 2 and sizes[-2] != sizes[0]
+        n_tokens = sum(sizes[-3 if evened else -2 :])
         for _ in range(1 if self.devices == [CPU] else 2):
-            program.feed(ids[: whole + last], keep=depth)
+            program.feed(ids[:n_tokens], keep=depth)
 
     def _judge(
         self,

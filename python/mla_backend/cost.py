@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mla_backend import weights
 from mla_backend.attention_mode import AttentionMode, HeadDims, expands
+from mla_backend.batching import pass_sizes
 from mla_backend.cache import bytes_per_position
 from mla_backend.config import ModelConfig
 from mla_backend.gguf import GGUFFile, TensorInfo
@@ -106,15 +107,12 @@ class CostModel:
         self, n_tokens: int, depth: int, n_batch: int, attention: AttentionMode = "auto"
     ) -> Pass:
         """``n_tokens`` in passes of ``n_batch``, added up."""
-        passes = [
-            self.run(
-                min(n_batch, n_tokens - begin),
-                depth + begin,
-                outputs=int(begin + n_batch >= n_tokens),
-                attention=attention,
-            )
-            for begin in range(0, n_tokens, n_batch)
-        ]
+        passes = []
+        done = 0
+        for size in pass_sizes(n_tokens, n_batch):
+            last = done + size == n_tokens
+            passes.append(self.run(size, depth + done, outputs=int(last), attention=attention))
+            done += size
         kinds = frozenset[str]().union(*(p.contractions for p in passes))
         return Pass(n_tokens, sum(p.n_bytes for p in passes), sum(p.n_ops for p in passes), kinds)
 

@@ -15,7 +15,7 @@ from .errors import MlaError, UsageError
 from .gguf import GGUFFile, TensorInfo, read_gguf
 from .loading import is_stored_on_network
 from .memory import active_weight_bytes, choose_context, oversize_note
-from .planning import planned_bytes
+from .planning import automatic_batch, planned_bytes
 from .pretokenizers import PRE_TOKENIZERS
 from .tokenizer import Tokenizer
 from .weights import check as check_weights
@@ -137,7 +137,7 @@ def inspect_model(
     n_ctx: int | None = None,
     cache_type: str = "f16",
     precision: str = "fast",
-    n_batch: int = 512,
+    n_batch: int | None = None,
     mmap: bool = True,
 ) -> ModelReport:
     """Read a model file's header and plan its memory; arguments are those of ``Model.load``.
@@ -175,11 +175,12 @@ def _plan(
     n_ctx: int | None,
     cache_type: str,
     precision: str,
-    n_batch: int,
+    n_batch: int | None,
     mmap: bool,
 ) -> MemoryPlan:
     per_position = bytes_per_position(config, cache_type)
     choice = choose_context(config, n_ctx, cache_type, file.n_bytes, cache_in_file=False)
+    cached = cache_bytes(config, cache_type, choice.n_ctx)
     mapped = mmap and not any(is_stored_on_network(path) for path in file.paths)
     workspace, widened = planned_bytes(
         file,
@@ -189,7 +190,7 @@ def _plan(
         n_ctx=choice.n_ctx,
         cache_type=cache_type,
         precision=precision,
-        n_batch=n_batch,
+        n_batch=n_batch or automatic_batch(config, choice.n_ctx, file.n_bytes + cached),
     )
     copied = widened + (0 if mapped else file.n_bytes)
     available = _core.available_memory_bytes()
@@ -202,7 +203,7 @@ def _plan(
         cache_type=cache_type,
         weights_mapped_bytes=file.n_bytes if mapped else 0,
         weights_copied_bytes=copied,
-        cache_bytes=cache_bytes(config, cache_type, choice.n_ctx),
+        cache_bytes=cached,
         workspace_bytes=workspace,
         available_bytes=available,
         note=choice.note,

@@ -120,7 +120,7 @@ class Model:
                 "shard" splits each over the nodes, which read it there; "interleave", "off"; "auto"
                 is "shard" with several groups of nodes and memory for the weights.
             numa_nodes: the nodes to use, as in "0-3,8"; None: those this process may use.
-            n_batch: tokens of a prompt computed at a time; None is 512, on GPUs 4096.
+            n_batch: tokens of a prompt computed at a time; None: up to 4096, as memory allows.
             gpu_layers, cpu_moe, override_tensor, tensor_split: what goes where, see
                 PlacementOptions; unset: as many layers as fit on the GPUs, experts last.
             on_progress: called as (phase, done, total): "load" in bytes, "prefill" in tokens.

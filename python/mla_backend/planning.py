@@ -30,9 +30,12 @@ LEGACY_NOTE: Final = (
     "the file has the legacy tensor layout (attn_kv_b); it runs as it is. "
     "`mla-backend upgrade OLD.gguf NEW.gguf` rewrites it once into the split layout"
 )
-#: Tokens of a prompt computed at a time. A GPU reads all weights for each batch, whatever its size.
-_CPU_BATCH: Final = 512
+#: Tokens of a prompt computed at a time: each pass reads and unpacks every expert once, so the
+#: longer the better. A CPU takes the first whose intermediates find room.
+_CPU_BATCHES: Final = (4096, 2048, 1024, 512)
 _DEVICE_BATCH: Final = 4096
+#: Part of the memory left by weights and cache that intermediates may take.
+_WORKSPACE_SHARE: Final = 0.25
 _UNLOCKED_NOTE: Final = "mlock has no effect: the weights are read into memory, not mapped"
 
 
@@ -81,7 +84,9 @@ class LoadPlan:
                 config, n_ctx, cache_type, file.n_bytes, cache_in_file=kv_file is not None
             )
         self.n_ctx = choice.n_ctx
-        self.n_batch = min(n_batch or (_DEVICE_BATCH if rooms else _CPU_BATCH), self.n_ctx)
+        held = 0 if kv_file is not None else cache_bytes(config, cache_type, self.n_ctx)
+        on_host = automatic_batch(config, self.n_ctx, file.n_bytes + held)
+        self.n_batch = min(n_batch or (_DEVICE_BATCH if rooms else on_host), self.n_ctx)
         self.placement = place(
             config,
             sizes,
@@ -94,7 +99,7 @@ class LoadPlan:
         #: Part of the cache that lies in host memory.
         self.host_share = on_cpu / config.n_layer
         if n_batch is None and not self.placement.uses_devices:
-            self.n_batch = min(_CPU_BATCH, self.n_ctx)
+            self.n_batch = on_host
         self.numa = numa
         mapped = options.mmap and not any(is_stored_on_network(path) for path in file.paths)
         self.options = replace(options, mmap=mapped)
@@ -169,6 +174,14 @@ def _context_on_devices(
         else f"context: {fits} positions of the {config.n_ctx_train} trained, to leave the GPUs "
         "room; set n_ctx to change it",
     )
+
+
+def automatic_batch(config: ModelConfig, n_ctx: int, held_bytes: int) -> int:
+    """Tokens of a pass on a CPU, beside weights and cache of ``held_bytes``."""
+    available = _core.available_memory_bytes()
+    room = max(available - held_bytes, available // 8) * _WORKSPACE_SHARE
+    fitting = (n for n in _CPU_BATCHES if _workspace_estimate(config, n) <= room)
+    return min(next(fitting, _CPU_BATCHES[-1]), n_ctx)
 
 
 def _workspace_estimate(config: ModelConfig, n_batch: int) -> int:

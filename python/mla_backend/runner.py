@@ -27,6 +27,8 @@ _MAX_GRAPHS: Final = 16
 _BUSY: Final = "a signal handler cannot use the model that its own thread is running"
 
 Logits = npt.NDArray[np.float32]
+#: Called amid a pass as (steps done, steps in all).
+OnSteps = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,19 @@ class Runner:
         """Held while the model runs; also for changes to caches between runs."""
         return self._engine.lock
 
-    def run(self, pieces: Sequence[Piece], cancel: _core.CancelToken | None = None) -> Logits:
+    def run(
+        self,
+        pieces: Sequence[Piece],
+        cancel: _core.CancelToken | None = None,
+        on_steps: OnSteps | None = None,
+    ) -> Logits:
         """One pass over all pieces, which may stand at different positions.
 
         Returns float32 [sum of outputs, vocab] in the order of the pieces. Raises ContextError
         before computing where the cache has no room, CancelledError; then no sequence has changed.
         """
         shape = self._shape(pieces)
-        with self._engine.lock, self._pass(pieces, shape, cancel) as executor:
+        with self._engine.lock, self._pass(pieces, shape, cancel, on_steps) as executor:
             if not shape.n_outputs:
                 return np.empty((0, self._engine.config.n_vocab), np.float32)
             return executor.output(0).copy()  # the arena is the next run's
@@ -124,7 +131,11 @@ class Runner:
 
     @contextmanager
     def _pass(
-        self, pieces: Sequence[Piece], shape: BatchShape, cancel: _core.CancelToken | None
+        self,
+        pieces: Sequence[Piece],
+        shape: BatchShape,
+        cancel: _core.CancelToken | None,
+        on_steps: OnSteps | None = None,
     ) -> Iterator[_core.Executor]:
         """Run a batch, and count its tokens once its outputs are taken.
 
@@ -134,7 +145,7 @@ class Runner:
             inputs = self._inputs(pieces, shape)
             executor = self._executor(shape)
             # Chunks without logits are not waited for: several devices work on several.
-            executor.run(inputs, cancel, wait=shape.n_outputs > 0)
+            executor.run(inputs, cancel, wait=shape.n_outputs > 0, on_steps=on_steps)
             self._engine.weights.check()
             yield executor
         except BaseException:

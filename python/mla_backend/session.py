@@ -13,13 +13,37 @@ import numpy as np
 
 from mla_backend import _core
 from mla_backend.attention_mode import MODES, AttentionMode
+from mla_backend.batching import pass_sizes
 from mla_backend.cache import CacheSequence, LatentCache
 from mla_backend.candidates import Enough, LogitsRow
 from mla_backend.errors import ContextError, SessionError, ShapeError, UsageError
-from mla_backend.runner import Logits, Piece, Runner
+from mla_backend.runner import Logits, OnSteps, Piece, Runner
 from mla_backend.session_file import SavedSession, read_session, write_session
 
 Progress = Callable[[str, int, int], None]
+
+
+class _Prefill:
+    """Tells how far tokens are."""
+
+    def __init__(self, on_progress: Progress, n_tokens: int) -> None:
+        self._on_progress = on_progress
+        self._n_tokens = n_tokens
+        self.done(0)
+
+    def done(self, n_done: int) -> None:
+        """The first ``n_done`` are computed."""
+        self._n_done = n_done
+        self._on_progress("prefill", n_done, self._n_tokens)
+
+    def within(self, size: int) -> OnSteps:
+        """For the pass of the next ``size`` tokens."""
+        before = self._n_done
+
+        def on_steps(n_done: int, n_steps: int) -> None:
+            self._on_progress("prefill", before + size * n_done // n_steps, self._n_tokens)
+
+        return on_steps
 
 
 @dataclass(frozen=True)
@@ -101,7 +125,8 @@ class Session:
             ids: at least one token.
             outputs: how many of the last tokens' logits to return.
             cancel: honoured between the nodes of the graph; finished chunks stay.
-            on_progress: called as ("prefill", tokens done, tokens in all).
+            on_progress: called as ("prefill", tokens done, tokens in all), on a CPU also amid a
+                chunk, for the part of its steps that are done.
 
         Returns:
             float32 [outputs, vocab].
@@ -116,17 +141,19 @@ class Session:
         self._check(ids, outputs)
         rows: list[Logits] = []
         total = len(ids)
-        if on_progress is not None:
-            on_progress("prefill", 0, total)
-        for begin in range(0, total, self._n_batch):
-            chunk = ids[begin : begin + self._n_batch]
-            wanted = max(0, min(len(chunk), begin + len(chunk) - (total - outputs)))
+        begin = 0
+        report = _Prefill(on_progress, total) if on_progress is not None else None
+        for size in pass_sizes(total, self._n_batch):
+            chunk = ids[begin : begin + size]
+            wanted = max(0, min(size, begin + size - (total - outputs)))
             piece = Piece(self._sequence, chunk, wanted)
+            on_steps = report.within(size) if report is not None else None
             with self._counted():
-                rows.append(self._runner.run([piece], cancel))
+                rows.append(self._runner.run([piece], cancel, on_steps))
                 self.tokens += chunk
-            if on_progress is not None:
-                on_progress("prefill", begin + len(chunk), total)
+            begin += size
+            if report is not None:
+                report.done(begin)
         return np.concatenate(rows) if len(rows) > 1 else rows[0]
 
     def step(

@@ -71,6 +71,7 @@ def test_backends_do_not_know_each_other() -> None:
 # Files that share a layer's name share its arrows: the layer is split for size, not for meaning.
 LAYER = {
     "__main__": "cli",
+    "batching": "session",
     "benchmark": "model",
     "bundled": "model",
     "cache": "session",

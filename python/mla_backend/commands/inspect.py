@@ -27,7 +27,7 @@ def inspect(
         n_ctx=context.n_ctx,
         cache_type=context.cache_type.value,
         precision=context.precision.value,
-        n_batch=context.batch_size or 512,
+        n_batch=context.batch_size,
         mmap=not context.no_mmap,
     )
     if output.as_json:

@@ -147,7 +147,7 @@ class ContextOptions:
             metavar="N",
             panel=_MODEL,
             show_default=False,
-            help="Prompt tokens computed at a time; unset: 512, on GPUs 4096.",
+            help="Prompt tokens computed at a time; unset: up to 4096, as memory allows.",
         ),
     ] = None
     precision: Annotated[
