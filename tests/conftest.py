@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,10 @@ from cuda.device import is_emulated, load_emulated
 # Shells start background jobs with Ctrl-C ignored, and processes inherit that. Tests of interrupts
 # would then wait for ever in their children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What tests find out about this machine is not kept in the user's home.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mla-cache-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 _CUDA_TESTS = Path(__file__).parent / "cuda"
 

@@ -4,6 +4,7 @@
 
 #include "bindings/convert.h"
 #include "bindings/register.h"
+#include "sys/cgroup.h"
 #include "sys/topology.h"
 
 namespace py = pybind11;
@@ -49,6 +50,8 @@ void register_topology(py::module_& m) {
   m.def("usable_cpus", &sys::usable_cpus, "Logical CPUs in the affinity mask, ascending.");
   m.def("usable_physical_cores", &sys::usable_physical_cores, py::arg("root") = "",
         "Physical cores in the affinity mask, no more than the cgroup's CPU quota.");
+  m.def("cpu_quota_cores", &sys::cpu_quota_cores, py::arg("root") = "",
+        "Processor time per time that the cgroup may take, in cores; None: no quota is set.");
 }
 
 }  // namespace mla::bindings

@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import typing
 import typing_extensions
-__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'CpuPlace', 'DeviceMemory', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'NodeMemory', 'NodeShare', 'NumaNode', 'ReadTeam', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Topology', 'Uploaded', 'Workspace', 'available_isas', 'available_memory_bytes', 'bind_memory', 'compiled_isas', 'copy_cells', 'dequantize', 'formats', 'is_network_fs', 'move_strays', 'page_bytes', 'pages_by_node', 'quantize', 'read_in_parallel', 'read_topology', 'requantize', 'rotate_rope', 'split_rows_over_nodes', 'usable_cpus', 'usable_physical_cores']
+__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'CpuPlace', 'DeviceMemory', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'NodeMemory', 'NodeShare', 'NumaNode', 'ReadTeam', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Topology', 'Uploaded', 'Workspace', 'available_isas', 'available_memory_bytes', 'bind_memory', 'compiled_isas', 'copy_cells', 'cpu_quota_cores', 'dequantize', 'formats', 'is_network_fs', 'move_strays', 'page_bytes', 'pages_by_node', 'quantize', 'read_in_parallel', 'read_topology', 'requantize', 'rotate_rope', 'split_rows_over_nodes', 'usable_cpus', 'usable_physical_cores']
 class Tensor:
     """
     A strided view over the memory of a buffer, which it keeps alive.
@@ -454,6 +454,10 @@ def compiled_isas() -> list[str]:
 def copy_cells(plane: Tensor, source: typing.Annotated[numpy.typing.ArrayLike, numpy.int32], target: typing.Annotated[numpy.typing.ArrayLike, numpy.int32]) -> None:
     """
     Row target[i] becomes what row source[i] was; ranges may overlap.
+    """
+def cpu_quota_cores(root: str = '') -> float | None:
+    """
+    Processor time per time that the cgroup may take, in cores; None: no quota is set.
     """
 def dequantize(data: numpy.typing.NDArray[numpy.uint8], format: str, k: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.typing.NDArray[numpy.float32]:
     """

@@ -157,7 +157,7 @@ class Program(Protocol):
         """Go back to ``keep`` positions and feed ``ids``; returns seconds."""
 
 
-class _Ours:
+class OurProgram:
     """A session in one mode of attention. Programs of several modes may share one session."""
 
     name = OURS
@@ -167,6 +167,7 @@ class _Ours:
         self._session = session
 
     def feed(self, ids: Sequence[int], *, keep: int, one_by_one: bool = False) -> float:
+        """See ``Program``."""
         session = self._session
         session.attention = self.mode
         session.truncate(keep)
@@ -233,11 +234,11 @@ class Bench:
         n_ids = cases.n_ctx + max(*cases.n_prompts, cases.n_gen, 0) * cases.repeats
         ids = draw.integers(0, max(self._model.config.n_vocab // 2, 1), n_ids).tolist()
         with self._model.own_session() as session:
-            ours = [_Ours(session, mode) for mode in modes or (session.attention,)]
+            ours = [OurProgram(session, mode) for mode in modes or (session.attention,)]
             return list(self._run(cases, ours, ids, on_progress))
 
     def _run(
-        self, cases: Cases, ours: Sequence[_Ours], ids: list[int], on_progress: Progress | None
+        self, cases: Cases, ours: Sequence[OurProgram], ids: list[int], on_progress: Progress | None
     ) -> Iterator[Measurement]:
         programs: list[Program] = [*ours, *self._peers]
         runs = list(cases.runs())
@@ -284,7 +285,7 @@ class Bench:
     ) -> Iterator[Measurement]:
         first = statistics.median(run.seconds_per_token for run in taken[0])
         for program, runs in zip(programs, taken, strict=True):
-            mode = program.mode if isinstance(program, _Ours) else None
+            mode = program.mode if isinstance(program, OurProgram) else None
             n_tokens = runs[0].n_tokens
             least = self._least(phase, n_tokens, depth, mode or "auto")
             yield _measurement(phase, program.name, mode, depth, least, runs, self.limits, first)

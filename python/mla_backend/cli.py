@@ -25,6 +25,7 @@ from .commands.perplexity import perplexity
 from .commands.quantize import quantize
 from .commands.run import run
 from .commands.synth import synth
+from .commands.tune import tune
 from .commands.upgrade import upgrade
 from .commands.version import version
 from .errors import MlaError, UsageError
@@ -41,6 +42,7 @@ COMMANDS = (
     imatrix,
     perplexity,
     bench,
+    tune,
     synth,
     doctor,
     version,

@@ -19,6 +19,8 @@ import psutil
 
 from mla_backend import _core, devices, numa
 from mla_backend.errors import MlaError
+from mla_backend.threads import choose_threads
+from mla_backend.tuned import TunedFile
 
 #: The oldest driver for each major version of the CUDA runtime, as NVIDIA's release notes have it.
 _OLDEST_DRIVER: Final = {11: "450.80.02", 12: "525.60.13", 13: "580"}
@@ -51,6 +53,8 @@ class CpuFacts:
     n_threads: int | None
     n_cores_usable: int
     n_threads_usable: int
+    n_threads_chosen: int
+    threads_reason: str
     problem: str = ""
 
 
@@ -175,6 +179,8 @@ def _cpu(root: Path) -> CpuFacts:
         isa = _core.CpuBackend(_core.ThreadPool(1)).isa
     except MlaError as error:  # MLA_CPU_ISA names one that is not here
         problem = str(error)
+    known = TunedFile()
+    choice = choose_threads(known)
     return CpuFacts(
         model=_cpu_model(root),
         isa=isa,
@@ -184,6 +190,8 @@ def _cpu(root: Path) -> CpuFacts:
         n_threads=psutil.cpu_count(),
         n_cores_usable=_core.usable_physical_cores(),
         n_threads_usable=len(_core.usable_cpus()),
+        n_threads_chosen=choice.n_threads,
+        threads_reason="; ".join(text for text in (choice.reason, known.problem) if text),
         problem=problem,
     )
 

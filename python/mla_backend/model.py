@@ -39,6 +39,7 @@ from mla_backend.residency import PlacementReport, placement_report
 from mla_backend.runner import Engine, Logits, Runner
 from mla_backend.sampling import SamplingParams
 from mla_backend.session import Session
+from mla_backend.threads import Defaults, choose_defaults
 from mla_backend.tokenizer import Tokenizer
 from mla_backend.traffic import ReadTraffic, counting
 from mla_backend.weights import check as check_weights
@@ -100,13 +101,15 @@ class Model:
         cpu_moe: bool = False,
         override_tensor: Sequence[tuple[str, str]] = (),
         tensor_split: Sequence[float] | None = None,
+        tuned: bool = True,
         on_progress: Progress | None = None,
     ) -> Model:
         """Open a GGUF file; any shard of a split one may be named.
 
         Args:
             n_ctx: positions of the context; None is the trained length or what memory allows.
-            threads: None is one per physical core that this process may use.
+            threads: None is what ``mla-backend tune`` found, or one per physical core that this
+                process may use.
             attention: "absorbed", "expanded", or "auto": the cheaper one for each chunk.
             cache_type: f32, f16, bf16 or q8_0.
             precision: "fast" rounds activations as the kernels like; "exact" keeps float32.
@@ -123,6 +126,7 @@ class Model:
             n_batch: tokens of a prompt computed at a time; None: up to 4096, as memory allows.
             gpu_layers, cpu_moe, override_tensor, tensor_split: what goes where, see
                 PlacementOptions; unset: as many layers as fit on the GPUs, experts last.
+            tuned: use what was found out about this machine before, see ``TunedFile``.
             on_progress: called as (phase, done, total): "load" in bytes, "prefill" in tokens.
 
         Raises:
@@ -144,8 +148,8 @@ class Model:
         config = config_from_gguf(file)
         infos = check_weights(config, file)
         nodes = _plan_nodes(numa, numa_nodes, infos)
-        backend = _core.CpuBackend(_make_pool(threads, nodes), isa or "")
-        options = LoadOptions(mmap=mmap, mlock=mlock, threads=threads or 4)
+        defaults = choose_defaults(config, infos, nodes, threads=threads, tuned=tuned)
+        backend = _core.CpuBackend(_make_pool(defaults.threads, nodes), isa or "")
         devices, idle = open_devices(backend, device)
         wishes = PlacementOptions(gpu_layers, cpu_moe, override_tensor, tensor_split)
         plan = LoadPlan(
@@ -155,11 +159,12 @@ class Model:
             cache_type,
             n_ctx,
             kv_file,
-            options,
+            LoadOptions(mmap=mmap, mlock=mlock, threads=threads or 4),
             devices=devices,
             wishes=wishes,
             n_batch=n_batch,
             numa=nodes,
+            defaults=defaults,
         )
         plan.notes += [idle] if idle else []
         weights = _load(plan, backend, precision, on_progress)
@@ -190,6 +195,8 @@ class Model:
         self._backend = devices.cpu
         self._placement = plan.placement
         self._numa = plan.numa
+        #: Why it has these threads, and whether tuned settings are used.
+        self.defaults: Defaults = plan.defaults
         self._host_share = plan.host_share
         self._n_batch = plan.n_batch
         self._fingerprint = _fingerprint(plan.file, plan.infos, engine.weights)

@@ -24,6 +24,7 @@ from mla_backend.memory import (
 from mla_backend.numa import NumaPlan
 from mla_backend.placement import CPU, PlacementOptions, Room, fitting_context, place
 from mla_backend.runner import Engine, Runner
+from mla_backend.threads import Defaults
 
 #: How to get a file into the split layout.
 LEGACY_NOTE: Final = (
@@ -49,6 +50,7 @@ class LoadPlan:
         weights_fit: whether all weights find room in memory at once.
         n_batch: tokens of a prompt computed at a time.
         placement: what goes to which device.
+        defaults: what was chosen for the user.
         notes: one-line statements for the user.
 
     Raises MemoryLimitError where cache and copied weights alone are too much, UsageError as
@@ -69,6 +71,7 @@ class LoadPlan:
         wishes: PlacementOptions,
         n_batch: int | None,
         numa: NumaPlan,
+        defaults: Defaults,
     ) -> None:
         self.file = file
         self.config = config
@@ -85,7 +88,7 @@ class LoadPlan:
             )
         self.n_ctx = choice.n_ctx
         held = 0 if kv_file is not None else cache_bytes(config, cache_type, self.n_ctx)
-        on_host = automatic_batch(config, self.n_ctx, file.n_bytes + held)
+        on_host = automatic_batch(config, self.n_ctx, file.n_bytes + held, defaults.n_batch)
         self.n_batch = min(n_batch or (_DEVICE_BATCH if rooms else on_host), self.n_ctx)
         self.placement = place(
             config,
@@ -100,22 +103,26 @@ class LoadPlan:
         self.host_share = on_cpu / config.n_layer
         if n_batch is None and not self.placement.uses_devices:
             self.n_batch = on_host
-        self.numa = numa
+        self.numa, self.defaults = numa, defaults
         mapped = options.mmap and not any(is_stored_on_network(path) for path in file.paths)
         self.options = replace(options, mmap=mapped)
         mapped = mapped and not self.placed_bytes
         oversize = oversize_note(file.n_bytes, active_weight_bytes(config, sizes))
         self.weights_fit = oversize is None
+        self.notes = self._find_notes(choice, oversize if mapped else None, mapped)
+        self._check_memory(workspace_bytes=0, widened_bytes=0)
+
+    def _find_notes(self, choice: ContextChoice, oversize: str | None, mapped: bool) -> list[str]:
         notes = (
             choice.note,
-            oversize if mapped else None,
-            LEGACY_NOTE if config.layout == "legacy" else None,
-            _UNLOCKED_NOTE if options.mlock and not mapped else None,
+            oversize,
+            LEGACY_NOTE if self.config.layout == "legacy" else None,
+            _UNLOCKED_NOTE if self.options.mlock and not mapped else None,
             self.placement.text() if self.placement.uses_devices else None,
-            *numa.notes,
+            *self.numa.notes,
+            self.defaults.problem or None,
         )
-        self.notes = [note for note in notes if note is not None]
-        self._check_memory(workspace_bytes=0, widened_bytes=0)
+        return [note for note in notes if note is not None]
 
     @property
     def placed_bytes(self) -> int:
@@ -176,12 +183,14 @@ def _context_on_devices(
     )
 
 
-def automatic_batch(config: ModelConfig, n_ctx: int, held_bytes: int) -> int:
-    """Tokens of a pass on a CPU, beside weights and cache of ``held_bytes``."""
+def automatic_batch(
+    config: ModelConfig, n_ctx: int, held_bytes: int, most: int | None = None
+) -> int:
+    """Tokens of a pass on a CPU, beside weights and cache of ``held_bytes``; ``most`` at most."""
     available = _core.available_memory_bytes()
     room = max(available - held_bytes, available // 8) * _WORKSPACE_SHARE
     fitting = (n for n in _CPU_BATCHES if _workspace_estimate(config, n) <= room)
-    return min(next(fitting, _CPU_BATCHES[-1]), n_ctx)
+    return min(next(fitting, _CPU_BATCHES[-1]), n_ctx, most or n_ctx)
 
 
 def _workspace_estimate(config: ModelConfig, n_batch: int) -> int:

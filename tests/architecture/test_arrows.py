@@ -109,6 +109,9 @@ LAYER = {
     "stops": "generator",
     "thinking": "tokenizer",
     "traffic": "model",
+    "threads": "model",
+    "tuned": "model",
+    "tuning": "model",
     "vocabulary": "tokenizer",
 }
 

@@ -67,6 +67,7 @@ def _host_lines(found: Diagnosis) -> Iterator[Line]:
     cpu = found.cpu
     yield "cpu", cpu.model
     yield "", f"{_cores(cpu)} usable"
+    yield "threads", f"{cpu.n_threads_chosen}: {cpu.threads_reason}"
     chosen = cpu.isa or f"none: {cpu.problem}"
     yield "isa", f"{chosen} (this CPU has {', '.join(cpu.available_isas)})"
     lacking = [isa for isa in cpu.compiled_isas if isa not in cpu.available_isas]

@@ -35,6 +35,7 @@ def load_model(
         mlock=options.mlock,
         isa=options.isa,
         n_batch=context.batch_size,
+        tuned=not options.no_tuned,
         on_progress=console.progress,
     )
     console.progress.clear()
@@ -42,7 +43,10 @@ def load_model(
     console.detail(memory_text(model))
     for load in model.loaded:
         console.detail(load.text)
-    console.detail(f"threads: {model.n_threads}, instruction set: {model.isa}")
+    console.detail(
+        f"threads: {model.n_threads} ({model.defaults.text}), batch: {model.n_batch}, "
+        f"instruction set: {model.isa}"
+    )
     show_placement(model, console)
     return model
 

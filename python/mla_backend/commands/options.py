@@ -182,9 +182,13 @@ class ModelOptions:
             metavar="N",
             panel=_MODEL,
             show_default=False,
-            help="Threads; unset: one per physical core.",
+            help="Threads; unset: as tuned, or one per physical core.",
         ),
     ] = None
+    no_tuned: Annotated[
+        bool,
+        _option("--no-tuned", panel=_MODEL, help="Ignore what tune found on this machine."),
+    ] = False
     attention: Annotated[
         Attention,
         _option(

@@ -14,13 +14,21 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 #: Unit of each phase's amounts.
-_UNITS = {"load": "bytes", "write": "bytes", "prefill": "tokens", "text": "tokens", "bench": "runs"}
+_UNITS = {
+    "load": "bytes",
+    "write": "bytes",
+    "prefill": "tokens",
+    "text": "tokens",
+    "bench": "runs",
+    "tune": "trials",
+}
 _TITLES = {
     "load": "loading",
     "write": "writing",
     "prefill": "reading the prompt",
     "text": "reading the text",
     "bench": "measuring",
+    "tune": "trying settings",
 }
 # Groups of memory nodes load side by side: "load node 0" is reported before the whole.
 _PART_OF_LOAD = "load "
