@@ -52,10 +52,9 @@ AttentionShape attention_shape(const Node& node, const KernelTable& kernels, int
   s.rp = pad_floats(s.r);
   s.np = pad_floats(s.n);
   s.vp = pad_floats(s.v);
-  // Never rounded: queries and outputs of the absorbed mode then differ from the expanded one's by
-  // float32 rounding only, and the two products are some 2 % of a token's work.
-  s.q_latent = head_product(kernels, k_b, attrs.k_b_transposed, Precision::exact);
-  s.value = head_product(kernels, v_b, false, Precision::exact);
+  // At short contexts the two products are most of a token's attention.
+  s.q_latent = head_product(kernels, k_b, attrs.k_b_transposed, attrs.precision);
+  s.value = head_product(kernels, v_b, false, attrs.precision);
   const auto precision = static_cast<size_t>(attrs.precision);
   s.absorbed = kernels.attention->absorbed[precision];
   s.expanded = kernels.attention->expanded[precision];
