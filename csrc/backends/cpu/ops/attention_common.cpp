@@ -36,6 +36,12 @@ HeadProduct head_product(const KernelTable& kernels, const Layout& weight, bool 
   return product;
 }
 
+// Whether a fast product with such a weight takes activations as bytes.
+static bool is_bytes(const KernelTable& kernels, const Layout& weight) {
+  const auto format = static_cast<size_t>(weight.format);
+  return kernels.matmul->rows[format][static_cast<size_t>(Precision::fast)].packing == Packing::q8;
+}
+
 AttentionShape attention_shape(const Node& node, const KernelTable& kernels, int n_threads) {
   const Layout& q_nope = node.input(0)->layout;
   const Layout& k_b = node.input(4)->layout;
@@ -52,12 +58,15 @@ AttentionShape attention_shape(const Node& node, const KernelTable& kernels, int
   s.rp = pad_floats(s.r);
   s.np = pad_floats(s.n);
   s.vp = pad_floats(s.v);
-  // At short contexts the two products are most of a token's attention.
-  s.q_latent = head_product(kernels, k_b, attrs.k_b_transposed, attrs.precision);
-  s.value = head_product(kernels, v_b, false, attrs.precision);
-  const auto precision = static_cast<size_t>(attrs.precision);
-  s.absorbed = kernels.attention->absorbed[precision];
-  s.expanded = kernels.attention->expanded[precision];
+  // Beside what quantized weights and their rounded activations cost, queries and cells of 8 bits
+  // of mantissa cost nothing. Of a model of floats they would be half of the error: all is exact.
+  const bool rounded =
+      attrs.precision == Precision::fast && is_bytes(kernels, k_b) && is_bytes(kernels, v_b);
+  const Precision precision = rounded ? Precision::fast : Precision::exact;
+  s.q_latent = head_product(kernels, k_b, attrs.k_b_transposed, precision);
+  s.value = head_product(kernels, v_b, false, precision);
+  s.absorbed = kernels.attention->absorbed[static_cast<size_t>(precision)];
+  s.expanded = kernels.attention->expanded[static_cast<size_t>(precision)];
   s.n_threads = n_threads;
   return s;
 }
