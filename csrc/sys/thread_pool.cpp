@@ -305,7 +305,10 @@ void ThreadPool::run(int64_t n_chunks, std::span<const int64_t> begins, Entry en
   s.entry = entry;
   s.body = body;
   std::array<int64_t, kMaxNodes + 1> ends;
-  if (open) {
+  if (n_nodes == 1) {
+    ends[0] = 0;
+    ends[1] = n_chunks;
+  } else if (open) {
     split_rows_over_nodes(n_chunks, s.node_threads, 1, std::span(ends).first(n_nodes + 1));
   } else {
     std::copy(begins.begin(), begins.end(), ends.begin());

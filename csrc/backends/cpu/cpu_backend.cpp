@@ -8,6 +8,7 @@
 #include "backends/cpu/ops/ops.h"
 #include "base/error.h"
 #include "sys/affinity.h"
+#include "sys/numa_memory.h"
 
 namespace mla::cpu {
 namespace {
@@ -84,6 +85,18 @@ bool reaches_operands(const Node& node) {
   return true;
 }
 
+// What all nodes read and write: values, scratch. Page by page in turns, so that no node's memory
+// has to serve them all.
+Buffer alloc_on_all_nodes(size_t bytes, const std::vector<sys::NodeShare>& shares) {
+  std::vector<int> nodes;
+  for (const sys::NodeShare& share : shares) {
+    nodes.insert(nodes.end(), share.nodes.begin(), share.nodes.end());
+  }
+  auto memory = std::make_shared<sys::NodeMemory>(static_cast<int64_t>(std::max<size_t>(bytes, 1)),
+                                                  nodes, sys::NodePolicy::interleave);
+  return {std::shared_ptr<std::byte>(memory, memory->data()), bytes};
+}
+
 }  // namespace
 
 CpuBackend::CpuBackend(std::shared_ptr<sys::ThreadPool> pool, std::string_view isa)
@@ -100,6 +113,7 @@ size_t CpuBackend::scratch_bytes(const Node& node) const {
 }
 
 Buffer CpuBackend::alloc(size_t bytes, Placement) {
+  if (pool_->n_nodes() > 1) return alloc_on_all_nodes(bytes, pool_->nodes());
   void* memory = ::operator new (bytes, std::align_val_t{kAlignment}, std::nothrow);
   MLA_CHECK(MemoryLimitError, memory != nullptr, "cpu: cannot allocate ", bytes, " bytes");
   auto release = [](std::byte* p) { ::operator delete (p, std::align_val_t{kAlignment}); };
