@@ -323,6 +323,7 @@ def test_placement(cli: Cli, numa: str) -> None:
     found = json.loads(cli("doctor", "--placement", small_model(), "--numa", numa, "--json").out)
     assert found["mode"] == numa
     assert found["local_share"] == 1.0
+    assert 0.0 <= found["remote_reads"] <= 1.0
     assert sum(found["node_bytes"].values()) > 100_000
     assert all(part["n_local"] == part["n_pages"] for part in found["parts"])
 

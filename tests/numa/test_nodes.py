@@ -97,6 +97,41 @@ def test_logits_do_not_depend_on_nodes(
         assert model.logits(PROMPT).tobytes() == expected
 
 
+def test_cache_blocks_are_where_they_were_planned(groups: tuple[NodeGroup, ...]) -> None:
+    # Long enough for blocks on every node.
+    with Model.load(small_model(), n_ctx=4096, device="cpu") as model:
+        model.logits([5] * 1500)
+        cache = [
+            part
+            for part in model.placement_report(repair=False).parts
+            if part.label.startswith("cache of")
+        ]
+        assert [part.nodes for part in cache] == [group.nodes for group in groups]
+        for part in cache:
+            assert part.local_share >= LOCAL, part
+            assert part.n_pages > 0
+
+
+@pytest.mark.parametrize("type", ["f32", "q8_0"])
+def test_threads_read_their_own_nodes(groups: tuple[NodeGroup, ...], type: str) -> None:
+    with load(small_model("tiny-v2", type)) as model:
+        model.generate(PROMPT, max_tokens=2, temperature=0)
+        with model.counting_reads() as traffic:
+            model.generate(PROMPT, max_tokens=16, temperature=0)
+        assert traffic.n_bytes > 0
+        assert traffic.remote_share <= 0.01
+        readers = {ran_on for _, ran_on, _, _ in traffic.reads}
+        assert readers == {node for group in groups for node in group.nodes}
+
+
+def test_without_placement_threads_read_from_everywhere(groups: tuple[NodeGroup, ...]) -> None:
+    # The file's pages lie on one node or another by chance, and threads run on all.
+    with load(small_model(), numa="off", threads=len(_core.usable_cpus())) as model:
+        with model.counting_reads() as traffic:
+            model.generate(PROMPT, max_tokens=16, temperature=0)
+        assert traffic.remote_share == pytest.approx(1 - 1 / len(groups), abs=0.2)
+
+
 def test_strays_are_moved_back(groups: tuple[NodeGroup, ...]) -> None:
     with load(small_model()) as model:
         part = next(p for p in model._engine.weights.parts if p.nodes == groups[0].nodes)
@@ -169,11 +204,12 @@ def test_loads_on_whatever_nodes_there_are() -> None:
         assert not bare & set(report.node_bytes)
 
 
-def test_a_full_node_gets_less(groups: tuple[NodeGroup, ...]) -> None:
+@pytest.mark.usefixtures("groups")
+def test_a_full_node_gets_less() -> None:
     # Half of this model would not fit beside what is already there and what is left alone.
     path = small_model("tiny-v2", "f32", n_expert=96)
     half = path.stat().st_size // 2
-    full = groups[-1]
+    full = all_groups()[-1]  # as it is beside the file, which may lie in memory
     hog = _core.NodeMemory(full.free_bytes - half, list(full.nodes), "bind")
     np.frombuffer(hog, np.uint8)[:: _core.page_bytes()] = 1
     with load(path) as model:
@@ -181,4 +217,4 @@ def test_a_full_node_gets_less(groups: tuple[NodeGroup, ...]) -> None:
         assert any("shared out by free memory" in note for note in model.notes)
         parts = model.placement_report(repair=False).parts
         assert all(part.local_share >= LOCAL for part in parts)
-        assert parts[len(groups) - 1].n_bytes < parts[0].n_bytes
+        assert parts[len(all_groups()) - 1].n_bytes < parts[0].n_bytes

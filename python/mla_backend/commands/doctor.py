@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ..diagnosis import CpuFacts, Diagnosis, NumaFacts, NumaNode, SystemGpu
 
 Line = tuple[str, str]
+#: What ``--placement`` generates to see who reads what.
+_SAMPLE_TOKENS = 8
 
 
 def doctor(model: PlacementOptions, output: JsonOptions, debug: DebugOptions) -> None:
@@ -47,10 +49,17 @@ def _show_placement(path: Path, options: PlacementOptions, output: JsonOptions) 
     )
     with loading as model:
         progress.clear()
+        with model.counting_reads() as traffic:
+            model.generate([0], max_tokens=_SAMPLE_TOKENS, temperature=0.0)
         report = model.placement_report()
         if output.as_json:
             facts = {"mode": model.numa.mode, "notes": model.notes}
-            more = {"local_share": report.local_share, "node_bytes": report.node_bytes}
+            more = {
+                "local_share": report.local_share,
+                "node_bytes": report.node_bytes,
+                "remote_reads": traffic.remote_share,
+                "thread_reads": traffic.by_thread,
+            }
             loads = [asdict(load) for load in model.loaded]
             write_json({**facts, **asdict(report), **more, "loads": loads})
             return
@@ -59,6 +68,8 @@ def _show_placement(path: Path, options: PlacementOptions, output: JsonOptions) 
             *(f"note: {note}" for note in model.numa.notes),
             *(load.text for load in model.loaded),
             *placement_lines(report),
+            f"{100 * (1 - traffic.remote_share):.2f} % of the weights are read from the reader's "
+            "own nodes",
         ]
         write_stdout("".join(f"{line}\n" for line in lines))
 
