@@ -15,7 +15,10 @@ CXX_FILES := $(shell find csrc tests/selfcheck tests/cuda bench/cuda -name '*.h'
                      -o -name '*.cu' -o -name '*.cuh')
 ASAN_TESTS ?= tests/gguf tests/graph tests/test_memory.py tests/test_quant.py tests/ops
 
-.PHONY: all build test demo bench format check stubs check-stubs sanitize asan tsan aarch64 \
+# Starts a command on a machine with memory nodes: options as in the target numa, --, the command.
+NUMA_LAB_COMMAND ?= numa-lab
+
+.PHONY: all build test numa demo bench format check stubs check-stubs sanitize asan tsan aarch64 \
         aarch64-build cuda-all cuda-programs emulated test-emulated develop dist clean
 
 all: build
@@ -47,6 +50,13 @@ build: $(VENV)/.installed
 test: build
 	MLA_BUILD_DIR="$$(ls -d build/wheel-$$($(BIN)/python -c \
 	'import sys; print("cp%d%d" % sys.version_info[:2])')-*)" $(BIN)/python -m pytest $(ARGS)
+
+# Guests with equal nodes, with one that has no CPUs, and with one that has less of everything.
+numa: build
+	set -e; for guest in "--nodes 2 --cpus 4 --mem 3G" "--nodes 4 --sockets 2 --cpus 4 --mem 3G" \
+	"--nodes 4 --cpus 4 --mem 3G" "--nodes 2 --cpus 4,0 --mem 2G,1G" "--nodes 2 --cpus 3,1 --mem 2G,1G"; \
+	do echo "== $$guest"; $(NUMA_LAB_COMMAND) $$guest -- \
+	$(BIN)/python -m pytest -p no:cacheprovider tests/numa $(ARGS); done
 
 # The bundled model continues Python source.
 demo: build
