@@ -133,6 +133,41 @@ def test_where_it_lies(made_up: MakeUp) -> None:
         assert set(report.node_bytes) == set(first_node())
 
 
+def test_systems_that_refuse_to_bind(made_up: MakeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(1, 1)
+    allocate = _core.NodeMemory
+
+    class Unbound:
+        """As in a container without the right: the memory is there, and says so."""
+
+        def __new__(cls, n_bytes: int, nodes: Any, policy: str = "bind") -> Any:
+            memory = allocate(n_bytes, [], policy)
+            assert "first touched" in memory.note
+            return memory
+
+    monkeypatch.setattr(_core, "NodeMemory", Unbound)
+    with Model.load(small_model(), n_ctx=64, numa="shard", device="cpu") as loaded:
+        assert [note for note in loaded.notes if note.startswith("numa: ")] == [
+            "numa: no node was given: it lies where it is first touched"
+        ]
+
+
+def test_strays_that_stay_are_told(made_up: MakeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(1, 1)
+    pages = {first_node()[0]: 90, first_node()[0] + 1: 10}
+    monkeypatch.setattr(_core, "pages_by_node", lambda *_: pages)
+    monkeypatch.setattr(_core, "move_strays", lambda *_: 2)
+    with Model.load(small_model(), n_ctx=64, numa="shard", device="cpu") as loaded:
+        assert any("8.0 % of the weights of node" in note for note in loaded.notes)
+
+    def refuse(*_: Any) -> Any:
+        raise DeviceError("NUMA: the system does not tell the nodes of pages")
+
+    monkeypatch.setattr(_core, "pages_by_node", refuse)
+    with Model.load(small_model(), n_ctx=64, numa="shard", device="cpu") as loaded:
+        assert any("cannot be verified" in note for note in loaded.notes)
+
+
 def test_too_little_memory(made_up: MakeUp) -> None:
     path = small_model()
     made_up(1, 1, free_bytes=1 << 10)

@@ -95,6 +95,7 @@ class Weights:
         mapped: False where the file was read instead.
         parts: what lies on which NUMA nodes.
         loaded: how fast each group of nodes read its part.
+        notes: one-line statements for the user.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Weights:
         parts: Sequence[Part] = (),
         loaded: Sequence[PartLoad] = (),
         heads: Mapping[str, bytes] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         """``heads``: of tensors that are kept in parts, what ``head`` gives."""
         self._sources = sources
@@ -115,6 +117,7 @@ class Weights:
         self.copied_bytes = copied_bytes
         self.parts = tuple(parts)
         self.loaded = tuple(loaded)
+        self.notes = tuple(notes)
         self._heads = heads or {}
         self._tensors = {name: self._widen(tensor) for name, tensor in tensors.items()}
 

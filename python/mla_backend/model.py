@@ -35,7 +35,7 @@ from mla_backend.node_loading import load_on_nodes
 from mla_backend.numa import NumaMode, NumaPlan, plan_numa, settle
 from mla_backend.placement import CPU, Placement, PlacementOptions
 from mla_backend.planning import LoadPlan
-from mla_backend.residency import PlacementReport, placement_report
+from mla_backend.residency import PlacementReport, placement_notes, placement_report
 from mla_backend.runner import Engine, Logits, Runner
 from mla_backend.sampling import SamplingParams
 from mla_backend.session import Session
@@ -127,7 +127,8 @@ class Model:
             gpu_layers, cpu_moe, override_tensor, tensor_split: what goes where, see
                 PlacementOptions; unset: as many layers as fit on the GPUs, experts last.
             tuned: use what was found out about this machine before, see ``TunedFile``.
-            on_progress: called as (phase, done, total): "load" in bytes, "prefill" in tokens.
+            on_progress: called as (phase, done, total): "load" in bytes, before it "load node 0"
+                where several nodes load side by side; "prefill" in tokens.
 
         Raises:
             ModelError: the file is damaged, incomplete, or no model this engine runs.
@@ -519,7 +520,7 @@ def _load(
         plan.check_memory(backend, precision)
     if not plan.placed_bytes:
         return load_weights(plan.file, plan.infos, plan.options, on_progress)
-    return load_on_nodes(
+    weights = load_on_nodes(
         plan.file,
         plan.infos,
         plan.config,
@@ -527,6 +528,8 @@ def _load(
         is_on_host=lambda name: plan.placement.of(name) == CPU,
         on_progress=on_progress,
     )
+    plan.notes += weights.notes or placement_notes(weights.parts)
+    return weights
 
 
 def _make_engine(

@@ -104,6 +104,8 @@ class _Placer:
         self._common = _Block("weights on all nodes", plan.nodes, spare)
         self._places: dict[str, tuple[Split | None, list[int]]] = {}
         self._infos: dict[str, TensorInfo] = {}
+        #: Why memory is not bound, where it is not.
+        self.refusals: list[str] = []
 
     def place(self, name: str, info: TensorInfo, role: Role) -> None:
         """Decide where a weight will lie."""
@@ -156,6 +158,7 @@ class _Placer:
         )
         blocks = [*zip(self._blocks, memories, strict=True), (self._common, common)]
         parts = [block.part(memory) for block, memory in blocks if memory.n_bytes]
+        self.refusals = [memory.note for _, memory in blocks if memory.n_bytes and memory.note]
         loads = [
             PartLoad(reader.label, *result) for reader, result in zip(readers, results, strict=True)
         ]
@@ -222,6 +225,8 @@ def load_on_nodes(
     n_placed = sum(info.n_bytes for info in placed.values())
     bypass = _free_bytes() < 2 * n_placed
     tensors, parts, loads = placer.read(bypass_cache=bypass, report=on_progress or _ignore)
+    # Where the system refuses to bind, the memory says so.
+    notes = sorted({f"numa: {note}" for note in placer.refusals})
     sources: list[_core.MappedFile] = []
     if len(placed) < len(infos):
         sources = [_core.MappedFile(str(path)) for path in file.paths]
@@ -238,6 +243,7 @@ def load_on_nodes(
         parts=parts,
         loaded=loads,
         heads=_read_heads(file, placed.values()),
+        notes=notes,
     )
 
 

@@ -27,6 +27,8 @@ _SAME_GROUP: Final = 15
 #: Part of a node's free memory that is left alone, for stacks and page tables; at least so much.
 _RESERVE: Final = 0.02
 _RESERVE_BYTES: Final = 32 << 20
+#: Part of the available memory that placed weights may take where mapped ones would do.
+_COMFORTABLE: Final = 0.9
 _GIB: Final = 1 << 30
 _NUMBERS: Final = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 _LEFT_ALONE: Final = ("preferred", "preferred-many", "interleave", "weighted-interleave")
@@ -177,6 +179,8 @@ def settle(plan: NumaPlan, n_bytes: int, *, required: bool) -> NumaPlan:
     if plan.mode == "off":
         return replace(plan, weights=cores)
     free = _core.available_memory_bytes()
+    if not required:  # cache and workspace want room as well; mapped weights would leave it
+        free = int(free * _COMFORTABLE)
     for uses_spare in (False, True):
         rooms = [_room(group, uses_spare) for group in groups]
         if n_bytes > min(sum(rooms), free):

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from mla_backend import _core
+from mla_backend.errors import DeviceError
 from mla_backend.loading import Part
 
 #: Pages of a part that are asked for one by one; larger parts are looked at in even steps, and
 #: wholly where a stray shows up. A million takes a fifth of a second.
 _MOST_ASKED: Final = 1 << 20
+_AT_LOAD: Final = 1 << 13
+#: Less of the pages where they belong is worth a note.
+_EXPECTED: Final = 0.995
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,28 @@ def _sum(a: PartResidency, b: PartResidency) -> PartResidency:
     )
 
 
-def _examine(part: Part, repair: bool) -> PartResidency:
+def placement_notes(parts: Sequence[Part]) -> list[str]:
+    """What has to be said of weights that were just placed; strays are moved back.
+
+    A few thousand pages of each part are looked at, all of them where one is astray.
+    """
+    notes = []
+    for part in parts:
+        try:
+            found = _examine(part, repair=True, most_asked=_AT_LOAD)
+        except DeviceError as error:
+            return [f"numa: where weights lie cannot be verified: {error}"]
+        if found.local_share < _EXPECTED:
+            notes.append(
+                f"numa: {100 * (1 - found.local_share):.1f} % of the {part.label} lie elsewhere "
+                "and cannot be moved"
+            )
+    return notes
+
+
+def _examine(part: Part, repair: bool, most_asked: int = _MOST_ASKED) -> PartResidency:
     n_bytes = part.end - part.begin
-    step = max(_core.page_bytes(), n_bytes // _MOST_ASKED)
+    step = max(_core.page_bytes(), n_bytes // most_asked)
     counts = _core.pages_by_node(part.memory, part.begin, n_bytes, step)
     n_moved = 0
     if part.nodes and any(node >= 0 and node not in part.nodes for node in counts):
