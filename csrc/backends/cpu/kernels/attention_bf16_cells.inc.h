@@ -2,7 +2,7 @@
 // alone.
 #pragma once
 
-#include "backends/cpu/kernels/attention_bf16.inc.h"
+#include "backends/cpu/kernels/attention_bf16_rows.inc.h"
 
 namespace mla::cpu::MLA_ISA {
 namespace {

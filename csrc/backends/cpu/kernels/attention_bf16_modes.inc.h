@@ -8,8 +8,7 @@ namespace mla::cpu::MLA_ISA {
 namespace {
 
 constexpr int64_t longer(int64_t a, int64_t b) { return a > b ? a : b; }
-// Scores are computed for whole register tiles of cells.
-constexpr int64_t padded_cells(int64_t n) { return (n + kSums - 1) / kSums * kSums; }
+constexpr int64_t padded_cells(int64_t n) { return (n + kCellBlock - 1) / kCellBlock * kCellBlock; }
 
 // q [n_rows, pad(a) + pad(b)] -> groups of [chunks of a, then of b][kLanes pairs][kLanes rows].
 void pack_queries(const PairRows& rows, const float* q, int64_t a, int64_t b, Pair* out) {
@@ -45,6 +44,7 @@ void absorbed_pairs(const AbsorbedTile& t) noexcept {
   locate(t.cells, t.begin, t.end, zeros, &next);
   fetch_rows(next.latent, next.n_cells, t.cells.latent.row_bytes);
   fetch_rows(next.rope, next.n_cells, t.cells.rope.row_bytes);
+  PairUnit unit;
   PairRows rows;
   rows.n_rows = t.n_rows;
   rows.n_groups = (t.n_rows + kLanes - 1) / kLanes;
@@ -60,9 +60,11 @@ void absorbed_pairs(const AbsorbedTile& t) noexcept {
     const int64_t padded = padded_cells(now.n_cells);
     fill_panel(t.cells.latent.format, {now.latent, padded, c, latent, values});
     fill_panel(t.cells.rope.format, {now.rope, padded, r, rope, nullptr});
-    const KeyPart parts[] = {{latent, n_chunks(c), next.latent, chunk_bytes(t.cells.latent.format)},
-                             {rope, n_chunks(r), next.rope, chunk_bytes(t.cells.rope.format)}};
-    attend_panel(&rows, parts, 2, values, cell, now.n_cells, {scores, weights});
+    const bool last = cell + kPanelCells >= t.end;
+    const KeyPart parts[] = {
+        {latent, n_chunks(c), last ? nullptr : next.latent, chunk_bytes(t.cells.latent.format)},
+        {rope, n_chunks(r), last ? nullptr : next.rope, chunk_bytes(t.cells.rope.format)}};
+    attend_panel(unit, &rows, parts, 2, values, cell, now.n_cells, {scores, weights});
   }
   store_rows(rows, t.rows);
 }
@@ -123,6 +125,7 @@ void expanded_pairs_pack(const WeightRows& w, std::byte* out) noexcept {
 }
 
 void expanded_pairs_expand(const ExpandTask& t) noexcept {
+  PairUnit unit;
   const KeyPart latent = {reinterpret_cast<const Pair*>(t.latent), n_chunks(t.c), nullptr, 0};
   const Queries weight = {reinterpret_cast<const Pair*>(t.weight), n_chunks(t.c) * kLanes * kLanes};
   auto* out = reinterpret_cast<Pair*>(t.out);
@@ -130,7 +133,7 @@ void expanded_pairs_expand(const ExpandTask& t) noexcept {
   const int64_t padded = padded_cells(t.n_cells);
   if (t.values) {
     panel_products(
-        &latent, 1, weight, padded, n_groups,
+        unit, &latent, 1, weight, padded, n_groups,
         [&]<int kCells, int kGroups>(int64_t cell, int64_t group,
                                      const F32(&sum)[kCells][kGroups]) {
 #pragma GCC unroll 16
@@ -146,7 +149,7 @@ void expanded_pairs_expand(const ExpandTask& t) noexcept {
   }
   // A chunk of keys is two groups; where the last has one, its columns meet queries that are zero.
   panel_products(
-      &latent, 1, weight, padded, n_groups,
+      unit, &latent, 1, weight, padded, n_groups,
       [&]<int kCells, int kGroups>(int64_t cell, int64_t group, const F32(&sum)[kCells][kGroups]) {
 #pragma GCC unroll 16
         for (int c = 0; c < kCells; ++c) {
@@ -163,6 +166,7 @@ void expanded_pairs(const ExpandedTile& t) noexcept {
   auto* queries = static_cast<Pair*>(t.scratch);
   Pair* weights = queries + query_pairs(chunks);
   auto* scores = reinterpret_cast<float*>(weights + kPairTileRows * kPanelPairs);
+  PairUnit unit;
   PairRows rows;
   rows.n_rows = t.n_rows;
   rows.n_groups = (t.n_rows + kLanes - 1) / kLanes;
@@ -179,7 +183,7 @@ void expanded_pairs(const ExpandedTile& t) noexcept {
     const auto* rope = reinterpret_cast<const Pair*>(t.rope_keys) + panel * key_panel_pairs(d.r);
     const auto* values = reinterpret_cast<const Pair*>(t.values) + panel * value_panel_pairs(d.v);
     const KeyPart parts[] = {{keys, n_chunks(d.n), nullptr, 0}, {rope, n_chunks(d.r), nullptr, 0}};
-    attend_panel(&rows, parts, 2, values, cell, n, {scores, weights});
+    attend_panel(unit, &rows, parts, 2, values, cell, n, {scores, weights});
   }
   store_rows(rows, t.rows);
 }
