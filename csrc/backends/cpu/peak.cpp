@@ -4,9 +4,12 @@
 #include <chrono>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "backends/cpu/cpu_backend.h"
 #include "base/error.h"
+#include "sys/affinity.h"
+#include "sys/numa_memory.h"
 
 namespace mla::cpu {
 namespace {
@@ -30,19 +33,28 @@ double best_seconds(int n_repeats, const Body& body) {
   return best;
 }
 
-double measure_read(sys::ThreadPool& pool, const ProbeTable& probe, const Buffer& buffer,
+// As many chunks for each node as it has threads, times per_thread.
+std::vector<int64_t> node_chunks(const sys::ThreadPool& pool, int64_t per_thread) {
+  std::vector<int64_t> begins = {0};
+  for (int64_t n_threads : pool.node_threads()) {
+    begins.push_back(begins.back() + n_threads * per_thread);
+  }
+  return begins;
+}
+
+double measure_read(sys::ThreadPool& pool, const ProbeTable& probe, const sys::NodeMemory& buffer,
                     int n_repeats) {
+  const std::vector<int64_t> begins = node_chunks(pool, kParts);
   const int64_t n_parts = pool.n_threads() * kParts;
-  const int64_t part =
-      static_cast<int64_t>(buffer.size_bytes) / n_parts / kPartGranule * kPartGranule;
+  const int64_t part = buffer.size_bytes() / n_parts / kPartGranule * kPartGranule;
   // Written by those who will read: memory lies with whoever touches it first.
-  pool.parallel_for(n_parts, [&](int64_t chunk, int) {
-    std::memset(buffer.data.get() + chunk * part, 1, static_cast<size_t>(part));
+  pool.parallel_for(begins, [&](int64_t chunk, int) {
+    std::memset(buffer.data() + chunk * part, 1, static_cast<size_t>(part));
   });
   std::atomic<uint32_t> sink = 0;
   const double seconds = best_seconds(n_repeats, [&] {
-    pool.parallel_for(n_parts, [&](int64_t chunk, int) {
-      sink += probe.read(buffer.data.get() + chunk * part, part);
+    pool.parallel_for(begins, [&](int64_t chunk, int) {
+      sink += probe.read(buffer.data() + chunk * part, part);
     });
   });
   return static_cast<double>(part * n_parts) / seconds;
@@ -54,7 +66,7 @@ double measure_multiply(sys::ThreadPool& pool, const MultiplyProbe& probe, int n
   std::atomic<uint32_t> sink = 0;
   const volatile uint32_t seed = 0;
   const double seconds = best_seconds(n_repeats, [&] {
-    pool.parallel_for(n_parts, [&](int64_t, int) { sink += probe.run(kSteps, seed); });
+    pool.parallel_for(node_chunks(pool, 1), [&](int64_t, int) { sink += probe.run(kSteps, seed); });
   });
   return static_cast<double>(kSteps * probe.n_ops * n_parts) / seconds;
 }
@@ -67,7 +79,9 @@ Peak CpuBackend::measure_peak(size_t read_bytes, int n_repeats) {
             " repeats over ", read_bytes, " bytes; accepted are 1 and ", least, " or more");
   const ProbeTable& probe = *kernels_.probe;
   Peak peak;
-  peak.read_bytes = measure_read(*pool_, probe, alloc(read_bytes, {}), n_repeats);
+  const sys::RunOn at_its_node(pool_->caller_cpus());
+  const sys::NodeMemory memory(static_cast<int64_t>(read_bytes), {}, sys::NodePolicy::bind);
+  peak.read_bytes = measure_read(*pool_, probe, memory, n_repeats);
   peak.f32_ops = measure_multiply(*pool_, probe.f32, n_repeats);
   peak.int8_ops = measure_multiply(*pool_, probe.int8, n_repeats);
   peak.bf16_ops = measure_multiply(*pool_, probe.bf16, n_repeats);
