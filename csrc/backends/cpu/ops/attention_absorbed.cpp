@@ -23,6 +23,8 @@ constexpr int64_t kPartRows = 8192;   // partial rows (query rows * splits) of a
 // cells hide that.
 constexpr int64_t kSpanTasks = 64;
 constexpr int64_t kMinSplitCells = 128;
+// Up to here that would leave most threads idle, and splits are one panel each.
+constexpr int64_t kShortSpan = 8 * kMinSplitCells;
 // Between two looks at the checkpoint: a few tenths of a second of one core.
 constexpr double kSliceFlop = 1e10;
 
@@ -35,8 +37,8 @@ int64_t max_splits(const AttentionShape& s, int64_t n_tokens) {
 }
 int64_t split_cells(const AttentionShape& s, const Span& span) {
   const int64_t cells = ceil_div(span.n_cells, max_splits(s, span.n_tokens));
-  return std::max(kMinSplitCells,
-                  static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(cells))));
+  const int64_t least = span.n_cells <= kShortSpan ? kPanelCells : kMinSplitCells;
+  return std::max(least, static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(cells))));
 }
 
 // Consecutive tokens of one span that are in the current round.
