@@ -153,6 +153,8 @@ void register_files(py::module_& m) {
 void register_memory(py::module_& m) {
   register_files(m);
   register_reading(m);
+  m.def("disable_huge_pages", &sys::disable_huge_pages,
+        "From now on this process gets no huge pages. Raises DeviceError.");
   m.def("available_memory_bytes", &sys::available_memory_bytes, py::arg("root") = "",
         "Bytes of anonymous memory this process may still take, by machine, cgroups and resource "
         "limits. root stands before /proc and /sys.");

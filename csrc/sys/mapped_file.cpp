@@ -136,6 +136,8 @@ MappedFile::MappedFile(const std::string& path, bool lock)
   void* memory = mmap(nullptr, n_bytes, PROT_READ, MAP_SHARED, file_.fd(), 0);
   MLA_CHECK(DeviceError, memory != MAP_FAILED, path, ": cannot be mapped: ", os_error(errno));
   data_ = static_cast<std::byte*>(memory);
+  // A hint, which file systems with huge pages in the page cache take; others ignore it.
+  madvise(memory, n_bytes, MADV_HUGEPAGE);
   region_ = add_region(data_, size_bytes_);
   if (lock && mlock(data_, n_bytes) != 0) {
     const std::string reason = os_error(errno);

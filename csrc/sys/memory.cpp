@@ -1,6 +1,7 @@
 #include "sys/memory.h"
 
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -86,8 +87,8 @@ Pages::Pages(int64_t n_bytes) : size_bytes_(n_bytes) {
   if (n_bytes == 0) return;
   void* memory = mmap(nullptr, static_cast<size_t>(n_bytes), PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  MLA_CHECK(MemoryLimitError, memory != MAP_FAILED, "allocation of ", n_bytes,
-            " bytes failed: ", os_error(errno));
+  MLA_CHECK(MemoryLimitError, memory != MAP_FAILED, "cannot allocate ", n_bytes,
+            " bytes: ", os_error(errno));
   // A hint only: fewer translations to miss when weights stream through.
   madvise(memory, static_cast<size_t>(n_bytes), MADV_HUGEPAGE);
   data_ = static_cast<std::byte*>(memory);
@@ -95,6 +96,11 @@ Pages::Pages(int64_t n_bytes) : size_bytes_(n_bytes) {
 
 Pages::~Pages() {
   if (data_ != nullptr) munmap(data_, static_cast<size_t>(size_bytes_));
+}
+
+void disable_huge_pages() {
+  MLA_CHECK(DeviceError, prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0,
+            "huge pages cannot be switched off: ", os_error(errno));
 }
 
 LoadedFile::LoadedFile(const std::string& path, int n_threads, PageCache page_cache,

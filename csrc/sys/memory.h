@@ -34,6 +34,10 @@ class Pages {
   int64_t size_bytes_;
 };
 
+// From now on the process gets no huge pages, whatever memory asks for them. Throws DeviceError
+// where the kernel has no such switch.
+void disable_huge_pages();
+
 // A whole file in anonymous memory.
 class LoadedFile {
  public:

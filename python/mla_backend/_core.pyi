@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import typing
 import typing_extensions
-__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'CpuPlace', 'DeviceMemory', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'NodeMemory', 'NodeShare', 'NumaNode', 'ReadTeam', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Topology', 'Uploaded', 'Workspace', 'available_isas', 'available_memory_bytes', 'bind_memory', 'compiled_isas', 'copy_cells', 'cpu_quota_cores', 'dequantize', 'formats', 'is_network_fs', 'move_strays', 'page_bytes', 'pages_by_node', 'quantize', 'read_in_parallel', 'read_topology', 'requantize', 'rotate_rope', 'split_rows_over_nodes', 'usable_cpus', 'usable_physical_cores']
+__all__: list[str] = ['Backend', 'CancelToken', 'CpuBackend', 'CpuPlace', 'DeviceMemory', 'Executor', 'Graph', 'LoadedFile', 'MappedFile', 'Node', 'NodeMemory', 'NodeShare', 'NumaNode', 'ReadTeam', 'SubsetBackend', 'Tensor', 'ThreadPool', 'Topology', 'Uploaded', 'Workspace', 'available_isas', 'available_memory_bytes', 'bind_memory', 'compiled_isas', 'copy_cells', 'cpu_quota_cores', 'dequantize', 'disable_huge_pages', 'formats', 'is_network_fs', 'move_strays', 'page_bytes', 'pages_by_node', 'quantize', 'read_in_parallel', 'read_topology', 'requantize', 'rotate_rope', 'split_rows_over_nodes', 'usable_cpus', 'usable_physical_cores']
 class Tensor:
     """
     A strided view over the memory of a buffer, which it keeps alive.
@@ -462,6 +462,10 @@ def cpu_quota_cores(root: str = '') -> float | None:
 def dequantize(data: numpy.typing.NDArray[numpy.uint8], format: str, k: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex = 0) -> numpy.typing.NDArray[numpy.float32]:
     """
     uint8 [rows, row_bytes], C-contiguous -> float32 [rows, k]. 0 threads: one per core.
+    """
+def disable_huge_pages() -> None:
+    """
+    From now on this process gets no huge pages. Raises DeviceError.
     """
 def formats() -> list[typing.Any]:
     """

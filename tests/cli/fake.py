@@ -10,6 +10,7 @@ from typing import Any
 from mla_backend.chat import ChatTemplate
 from mla_backend.errors import SessionError
 from mla_backend.generator import Chunk, Stats
+from mla_backend.threads import Defaults
 
 Script = Sequence[str | BaseException]
 
@@ -40,6 +41,8 @@ class FakeModel:
         )
         self.isa = "baseline"
         self.n_threads = 1
+        self.n_batch = 512
+        self.defaults = Defaults(1, None, "as asked")
         self.numa = SimpleNamespace(mode="off", nodes=())
         self.loaded: list[Any] = []
 

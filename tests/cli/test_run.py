@@ -97,6 +97,7 @@ def test_model_options_arrive(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None
         *["--no-mmap", "--mlock", "--precision", "exact", "--attention", "expanded"],
         *["--isa", "avx2", "--kv-file", "kv", "--device", "cpu", "-ngl", "3", "--cpu-moe"],
         *["-ot", "a=b=cpu", "-ts", "3,1", "--numa", "shard", "--numa-nodes", "0-3"],
+        "--no-tuned",
     )
     seen.pop("on_progress")
     assert seen == {
@@ -118,6 +119,7 @@ def test_model_options_arrive(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None
         "tensor_split": [3.0, 1.0],
         "numa": "shard",
         "numa_nodes": "0-3",
+        "tuned": False,
     }
 
 

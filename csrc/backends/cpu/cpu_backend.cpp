@@ -8,12 +8,14 @@
 #include "backends/cpu/ops/ops.h"
 #include "base/error.h"
 #include "sys/affinity.h"
+#include "sys/memory.h"
 #include "sys/numa_memory.h"
 
 namespace mla::cpu {
 namespace {
 
-constexpr size_t kAlignment = 64;  // a cache line, and the widest vector
+constexpr size_t kLargeBytes = 4 << 20;  // two huge pages
+constexpr size_t kAlignment = 64;        // a cache line, and the widest vector
 
 struct OpRow {
   Op op;
@@ -114,6 +116,10 @@ size_t CpuBackend::scratch_bytes(const Node& node) const {
 
 Buffer CpuBackend::alloc(size_t bytes, Placement) {
   if (pool_->n_nodes() > 1) return alloc_on_all_nodes(bytes, pool_->nodes());
+  if (bytes >= kLargeBytes) {  // pages of its own, huge ones where the system has them
+    auto pages = std::make_shared<sys::Pages>(static_cast<int64_t>(bytes));
+    return {std::shared_ptr<std::byte>(pages, pages->data()), bytes};
+  }
   void* memory = ::operator new (bytes, std::align_val_t{kAlignment}, std::nothrow);
   MLA_CHECK(MemoryLimitError, memory != nullptr, "cpu: cannot allocate ", bytes, " bytes");
   auto release = [](std::byte* p) { ::operator delete (p, std::align_val_t{kAlignment}); };

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from .console import Console
-from .options import ContextOptions, ModelOptions
+from .options import ContextOptions, HugePages, ModelOptions
 from .units import bytes_text
 
 if TYPE_CHECKING:
@@ -20,8 +20,11 @@ def load_model(
     path: Path, context: ContextOptions, options: ModelOptions, console: Console
 ) -> Model:
     """Load the model that the options name, with progress, and print its notes."""
+    from .. import _core
     from ..model import Model
 
+    if options.huge_pages is HugePages.off:
+        _core.disable_huge_pages()
     model = Model.load(
         path,
         n_ctx=context.n_ctx,

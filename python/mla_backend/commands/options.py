@@ -113,6 +113,13 @@ class ModelPath:
         return self.model is not None or self.model_option is not None
 
 
+class HugePages(StrEnum):
+    """Whether memory may lie on huge pages."""
+
+    auto = "auto"
+    off = "off"
+
+
 @dataclass(frozen=True)
 class ContextOptions:
     """What decides how much memory is taken."""
@@ -185,6 +192,14 @@ class ModelOptions:
             help="Threads; unset: as tuned, or one per physical core.",
         ),
     ] = None
+    huge_pages: Annotated[
+        HugePages,
+        _option(
+            "--huge-pages",
+            panel=_MODEL,
+            help="auto asks the system for them; off forbids them to this process.",
+        ),
+    ] = HugePages.auto
     no_tuned: Annotated[
         bool,
         _option("--no-tuned", panel=_MODEL, help="Ignore what tune found on this machine."),
