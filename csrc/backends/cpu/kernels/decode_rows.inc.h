@@ -57,16 +57,20 @@ struct Decode<Format::BF16> {
 };
 
 template <class B>
-inline void to_floats(const Weights& w, float* out) {
-  float scale[kGroup], min[kGroup] = {};
-  store_f32x16(scale, w.scale);
-  if constexpr (kHasMin<B>) store_f32x16(min, w.min);
+inline void to_floats(const WeightsOf<B>& w, float* out) {
+  float scale[kScales<B>], min[kScales<B>] = {};
+  std::memcpy(scale, &w.scale, sizeof scale);
+  if constexpr (kHasMin<B>) std::memcpy(min, &w.min, sizeof min);
   const uint8_t* q = reinterpret_cast<const uint8_t*>(w.q);
-  for (int g = 0; g < kGroup; ++g) {
-    const U8x16 bytes = load_as<U8x16>(q + g * kGroup);
-    const F32x16 x = kIsSigned<B> ? widen_s8(bytes) : widen_u8(bytes);
-    for (int i = 0; i < kSixteen; ++i) {
-      store(out + g * kGroup + i * kLanes, x.v[i] * set1(scale[g]) - set1(min[g]));
+  for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) {
+      const U8x16 bytes = load_as<U8x16>(q + place<typename WeightsOf<B>::Order>(g, half));
+      const F32x16 x = kIsSigned<B> ? widen_s8(bytes) : widen_u8(bytes);
+      const int s = kScales<B> == 16 ? 2 * g + half : g;
+      for (int i = 0; i < kSixteen; ++i) {
+        store(out + g * kGroup + half * 16 + i * kLanes, x.v[i] * set1(scale[s]) - set1(min[s]));
+      }
     }
   }
 }
@@ -74,7 +78,7 @@ inline void to_floats(const Weights& w, float* out) {
 template <class B>
 inline const float* decode_blocks(const std::byte* row, int64_t begin, int64_t n, float* out) {
   const B* b = reinterpret_cast<const B*>(row) + begin / kBlockElems<B>;
-  Weights w;
+  WeightsOf<B> w;
   if (n == kChunk) {
     unpack(b, w);
   } else {
@@ -117,13 +121,14 @@ inline void decode(Format format, const std::byte* row, int64_t n_elems, float* 
 }
 
 // ---- activations --------------------------------------------------------------------------------
-// Packing::q8: 256 activations as bytes, with a scale for each group of 16 (weights have at most
-// that many scales) and the scaled sums of the groups, which meet the weights' mins. The last is
-// padded with zeros.
-struct PackedSuper {
-  int8_t q[block::kSuper];
-  float scale[kGroup];
-  float sum[kGroup];
+// Packing::q8: 256 activations as bytes, in both orders of weights, with a scale for each group of
+// 32 and the scaled sums, which meet the weights' mins. A row that is no multiple of 256 ends with
+// a pack of its last 256 elements, of which those that an earlier pack has are zeros: the weights
+// are then read without a copy. Rows shorter than 256 are padded with zeros.
+struct alignas(64) PackedSuper {
+  int8_t paired[block::kSuper], whole[block::kSuper];
+  float scale[kGroups], sum[kGroups];
+  float half_scale[2 * kGroups], half_sum[2 * kGroups];  // for scales of w per 16
 };
 inline constexpr int kPadBf16 = 32;
 
@@ -212,20 +217,33 @@ inline float quantize_group(const float* x, int8_t* q) {
   return (inverse > 0.0f ? largest / 127.0f : 0.0f) + reduce_add(poison);
 }
 
+inline void quantize_super(const float* x, PackedSuper& y) {
+  for (int g = 0; g < kGroups; ++g) {
+    int8_t q[kGroup];
+    const float scale = quantize_group(x + g * kGroup, q);
+    int sum[2] = {};
+    for (int i = 0; i < kGroup; ++i) sum[i / 16] += q[i];
+    for (int half = 0; half < 2; ++half) {
+      std::memcpy(y.paired + place<Paired>(g, half), q + 16 * half, 16);
+      std::memcpy(y.whole + place<Whole>(g, half), q + 16 * half, 16);
+      y.half_scale[2 * g + half] = scale;
+      y.half_sum[2 * g + half] = scale * static_cast<float>(sum[half]);
+    }
+    y.scale[g] = scale;
+    y.sum[g] = scale * static_cast<float>(sum[0] + sum[1]);
+  }
+}
+
 inline void pack_q8(const std::byte* x, Format format, int64_t stride_bytes, int64_t k,
                     std::byte* out) noexcept {
   alignas(64) float buffer[kChunk];
   PackedSuper* y = reinterpret_cast<PackedSuper*>(out);
   for (int64_t i = 0; i < k; i += kChunk, ++y) {
-    gather(x, format, stride_bytes, i, smaller(kChunk, k - i), buffer);
-    for (int g = 0; g < block::kSuper / kGroup; ++g) {
-      int8_t* q = y->q + g * kGroup;
-      const float scale = quantize_group(buffer + g * kGroup, q);
-      int sum = 0;
-      for (int j = 0; j < kGroup; ++j) sum += q[j];
-      y->scale[g] = scale;
-      y->sum[g] = scale * static_cast<float>(sum);
-    }
+    // Elements that the pack before has: only the last may have some, if it is not the first.
+    const int64_t n_known = i > 0 && k - i < kChunk ? kChunk - (k - i) : 0;
+    gather(x, format, stride_bytes, i - n_known, smaller(kChunk, k - i + n_known), buffer);
+    std::memset(buffer, 0, static_cast<size_t>(n_known) * sizeof(float));
+    quantize_super(buffer, *y);
   }
 }
 

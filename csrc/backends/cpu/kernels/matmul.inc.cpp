@@ -2,8 +2,9 @@
 //
 // Quantized weights, fast: x is packed to bytes (PackedSuper). Per 256 weights and row of x,
 //     y += sum_g scale_w[g] scale_x[g] (sum of q_w q_x over group g) - min_w[g] sum_x[g],
-// g over the 16 groups of 16: integer dot products, one conversion and FMA per register of bytes.
-// Error: x is off by at most max|x| / 254 within its 16, no other rounding above float32's.
+// g over groups of 32, or of 16 where w's scales are: integer dot products, one conversion and FMA
+// per register of groups. Error: x is off by at most max|x| / 254 within its 32, no other rounding
+// above float32's.
 //
 // All else: 256 weights are decoded to floats, which stay in the first-level cache, and meet
 // float32 rows of x. Error: that of a float32 sum in 2 * kLanes parts.
@@ -19,10 +20,23 @@
 namespace mla::cpu::MLA_ISA {
 namespace {
 
-inline constexpr int64_t kPrefetchBytes = 1024;
-
-inline void prefetch(const std::byte* p, int64_t n_bytes) {
-  for (int64_t i = 0; i < n_bytes; i += 64) __builtin_prefetch(p + i + kPrefetchBytes);
+// Calls rows(n, n_w, first, Count<n_x>) for groups of up to kRowsTogether rows of w and tiles of
+// x, n_x in {8, 4, 2, 1}.
+inline constexpr int kRowsTogether = 4;
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+template <class Rows>
+inline void for_tiles(const MatmulTile& t, const Rows& rows) {
+  for (int64_t n = t.n_begin; n < t.n_end; n += kRowsTogether) {
+    const int n_w = static_cast<int>(smaller(kRowsTogether, t.n_end - n));
+    int i = 0;
+    for (; i + 8 <= t.n_x; i += 8) rows(n, n_w, i, Count<8>{});
+    if (t.n_x - i >= 4) rows(n, n_w, i, Count<4>{}), i += 4;
+    if (t.n_x - i >= 2) rows(n, n_w, i, Count<2>{}), i += 2;
+    if (t.n_x - i >= 1) rows(n, n_w, i, Count<1>{});
+  }
 }
 
 inline void finish(const MatmulTile& t, int i, int64_t n, F32 sum) {
@@ -30,79 +44,133 @@ inline void finish(const MatmulTile& t, int i, int64_t n, F32 sum) {
   t.y[i][n] = t.accumulate ? t.y[i][n] + total : total;
 }
 
-// Calls row(n, first, Count<n_x>) for every row of w and tile of x, n_x in {8, 4, 2, 1}.
-template <int n>
-struct Count {
-  static constexpr int value = n;
+// While kRowsTogether rows are read, piece by piece, as many pieces of the memory that follows them
+// are asked for: rows are short runs, at whose ends the hardware would lose the thread.
+struct Ahead {
+  const std::byte* at;
+  MLA_INLINE void ask(int64_t n_bytes) {
+    for (int64_t i = 0; i < n_bytes; i += 64) __builtin_prefetch(at + i);
+    at += n_bytes;
+  }
 };
-template <class Row>
-inline void for_tiles(const MatmulTile& t, const Row& row) {
-  for (int64_t n = t.n_begin; n < t.n_end; ++n) {
-    int i = 0;
-    for (; i + 8 <= t.n_x; i += 8) row(n, i, Count<8>{});
-    if (t.n_x - i >= 4) row(n, i, Count<4>{}), i += 4;
-    if (t.n_x - i >= 2) row(n, i, Count<2>{}), i += 2;
-    if (t.n_x - i >= 1) row(n, i, Count<1>{});
+
+// ---- bytes with bytes ---------------------------------------------------------------------------
+struct Sum8 {  // of one row of w with one of x
+  F32 dots;
+  F32x8 mins;
+};
+
+template <class B>
+MLA_INLINE void add_super(const WeightsOf<B>& w, const PackedSuper& x, Sum8& sum) {
+  if constexpr (kScales<B> == 8) {
+    const auto of_x = [&](int i) { return load_as<Bytes>(x.paired + i * sizeof(Bytes)); };
+    const F32x8 scale = w.scale * load_f32x8(x.scale);
+#pragma GCC unroll 8
+    for (int i = 0; i < kParts; i += 2) {
+      const I32 dots = dot_pair<kIsSigned<B>>(w.q[i], of_x(i), w.q[i + 1], of_x(i + 1));
+      sum.dots = to_f32(dots) * spread(scale, i) + sum.dots;
+    }
+    if constexpr (kHasMin<B>) {
+      const F32x8 sums = load_f32x8(x.sum);
+      for (int i = 0; i < kEight; ++i) sum.mins.v[i] = w.min.v[i] * sums.v[i] + sum.mins.v[i];
+    }
+  } else {
+    const F32x16 scale = w.scale * load_f32x16(x.half_scale);
+#pragma GCC unroll 16
+    for (int i = 0; i < kParts; ++i) {
+      const I32 dots = dot<kIsSigned<B>>(w.q[i], load_as<Bytes>(x.whole + i * sizeof(Bytes)));
+      sum.dots = to_f32(dots) * spread(scale, i) + sum.dots;
+    }
+    if constexpr (kHasMin<B>) {
+      const F32x16 sums = load_f32x16(x.half_sum);
+      for (int i = 0; i < kSixteen; ++i) sum.dots = sum.dots - w.min.v[i] * sums.v[i];
+    }
   }
 }
 
-// ---- bytes with bytes ---------------------------------------------------------------------------
-template <class B>
-MLA_INLINE F32 dot_super(const Weights& w, const PackedSuper& x, F32 acc) {
-  const F32x16 scale = w.scale * load_f32x16(x.scale);
-  F32 odd = zero();  // two chains, or the latency of the FMAs would be the limit
-#pragma GCC unroll 16
-  for (int p = 0; p < kParts; p += 2) {
-    const I32 d0 = dot<kIsSigned<B>>(w.q[p], load_as<Bytes>(x.q + p * sizeof(Bytes)));
-    const I32 d1 = dot<kIsSigned<B>>(w.q[p + 1], load_as<Bytes>(x.q + (p + 1) * sizeof(Bytes)));
-    acc = to_f32(d0) * spread(scale, p) + acc;
-    odd = to_f32(d1) * spread(scale, p + 1) + odd;
+// Rows of w whose loads of x are shared: as the sums fit into registers.
+template <int n_x>
+inline constexpr int kRowsW = n_x == 1   ? 4
+                              : n_x == 2 ? 2
+                                         : 1;
+
+template <class B, int n_x>
+inline void rows_q8(const MatmulTile& t, const B* const* w, int64_t n, int n_w, int first,
+                    int64_t ahead) {
+  constexpr int64_t kStep = block::kSuper / kBlockElems<B>;  // blocks per 256 weights
+  constexpr int kRows = kRowsW<n_x>;
+  const int64_t n_steps = (t.k + block::kSuper - 1) / block::kSuper;
+  const int64_t last = t.k < block::kSuper ? 0 : (t.k - block::kSuper) / kBlockElems<B>;
+  const PackedSuper* x[n_x];
+  Sum8 sums[kRows][n_x] = {};
+#pragma GCC unroll 8
+  for (int i = 0; i < n_x; ++i) x[i] = reinterpret_cast<const PackedSuper*>(t.x[first + i]);
+  Ahead next{reinterpret_cast<const std::byte*>(w[0]) + ahead};
+  for (int64_t s = 0; s < n_steps; ++s) {
+    const int64_t at = smaller(s * kStep, last);  // the last 256 may overlap those before
+    if (ahead != 0) next.ask(kRows * kStep * static_cast<int64_t>(sizeof(B)));
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      WeightsOf<B> unpacked;
+      unpack(w[r] + at, unpacked);
+#pragma GCC unroll 8
+      for (int i = 0; i < n_x; ++i) add_super<B>(unpacked, x[i][s], sums[r][i]);
+    }
   }
-  if constexpr (kHasMin<B>) {
-    for (int i = 0; i < kSixteen; ++i) odd = odd - w.min.v[i] * load(x.sum + i * kLanes);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n_x; ++i) {
+      if (r < n_w) finish(t, first + i, n + r, sums[r][i].dots - widened(sums[r][i].mins));
+    }
   }
-  return acc + odd;
 }
 
 template <class B, int n_x>
-inline void row_q8(const MatmulTile& t, int64_t n, int first) {
-  const std::byte* row = t.w + n * t.w_row_bytes;
-  const B* b = reinterpret_cast<const B*>(row);
-  constexpr int64_t kStep = block::kSuper / kBlockElems<B>;  // blocks per 256 weights
-  const int64_t n_full = t.k / block::kSuper;
-  const PackedSuper* x[n_x];
-  F32 acc[n_x];
-#pragma GCC unroll 8
-  for (int i = 0; i < n_x; ++i) {
-    x[i] = reinterpret_cast<const PackedSuper*>(t.x[first + i]);
-    acc[i] = zero();
+inline void matmul_q8_tile(const MatmulTile& t, int64_t n, int n_w, int first) {
+  constexpr int kRows = kRowsW<n_x>;
+  for (int r = 0; r < n_w; r += kRows) {
+    const B* w[kRows];
+    for (int i = 0; i < kRows; ++i) {  // rows that are not there repeat the last
+      const int64_t row = smaller(n + r + i, t.n_end - 1);
+      w[i] = reinterpret_cast<const B*>(t.w + row * t.w_row_bytes);
+    }
+    const int64_t ahead = first == 0 ? kRowsTogether * t.w_row_bytes : 0;
+    rows_q8<B, n_x>(t, w, n + r, n_w - r, first, ahead);
   }
-  Weights w;
-  for (int64_t s = 0; s < n_full; ++s, b += kStep) {
-    prefetch(reinterpret_cast<const std::byte*>(b), kStep * sizeof(B));
-    unpack(b, w);
-#pragma GCC unroll 8
-    for (int i = 0; i < n_x; ++i) acc[i] = dot_super<B>(w, x[i][s], acc[i]);
-  }
-  if constexpr (kBlockElems<B> < block::kSuper) {
-    if (t.k % block::kSuper != 0) {
-      unpack_tail(b, t.k % block::kSuper, w);
-#pragma GCC unroll 8
-      for (int i = 0; i < n_x; ++i) acc[i] = dot_super<B>(w, x[i][n_full], acc[i]);
+}
+
+// Rows shorter than 256: padded copies.
+template <class B>
+__attribute__((noinline)) void matmul_q8_short(const MatmulTile& t) {
+  constexpr int64_t kStep = block::kSuper / kBlockElems<B>;
+  for (int64_t n = t.n_begin; n < t.n_end; ++n) {
+    B padded[kStep] = {};
+    std::memcpy(padded, t.w + n * t.w_row_bytes,
+                static_cast<size_t>(t.k / kBlockElems<B>) * sizeof(B));
+    WeightsOf<B> unpacked;
+    unpack(padded, unpacked);
+    for (int i = 0; i < t.n_x; ++i) {
+      Sum8 sum = {};
+      add_super<B>(unpacked, *reinterpret_cast<const PackedSuper*>(t.x[i]), sum);
+      finish(t, i, n, sum.dots - widened(sum.mins));
     }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < n_x; ++i) finish(t, first + i, n, acc[i]);
 }
 
 template <class B>
 void matmul_q8(const MatmulTile& t) noexcept {
-  for_tiles(t, [&](int64_t n, int first, auto count) { row_q8<B, count.value>(t, n, first); });
+  if constexpr (kBlockElems<B> < block::kSuper) {
+    if (t.k < block::kSuper) return matmul_q8_short<B>(t);
+  }
+  for_tiles(t, [&](int64_t n, int n_w, int first, auto count) {
+    matmul_q8_tile<B, count.value>(t, n, n_w, first);
+  });
 }
 
 // ---- floats with floats -------------------------------------------------------------------------
 // Two rows of w at a time: each load of x, which comes from the second-level cache, meets both.
-inline constexpr int kRowsW = 2;
+inline constexpr int kRowsF32 = 2;
 // Rows of x that share one decoded chunk of w; their sums, in memory between chunks, are 8 KiB.
 inline constexpr int kPassX = 32;
 // Rows of x whose sums are in registers at once: 2 * 2 of each, half of all registers.
@@ -112,7 +180,7 @@ struct Sums {  // of one row of w with one of x: two chains, or latency would be
   F32 even, odd;
 };
 
-using PassSums = Sums[kRowsW][kPassX];
+using PassSums = Sums[kRowsF32][kPassX];
 
 template <int n_w, int n_x>
 void add_products(const float* const* w, const std::byte* const* x, int first, int64_t begin,
@@ -166,20 +234,20 @@ void add_all_products(const float* const* w, const std::byte* const* x, int n_x,
 // Rows [n, n + n_w) of w with rows [first, first + n_x) of x.
 template <Format format>
 void rows_f32(const MatmulTile& t, int64_t n, int n_w, int first, int n_x) {
-  alignas(64) float buffer[kRowsW][kChunk];
+  alignas(64) float buffer[kRowsF32][kChunk];
   PassSums sums;
   for (int r = 0; r < n_w; ++r) {
     for (int i = 0; i < n_x; ++i) sums[r][i] = {zero(), zero()};
   }
   for (int64_t begin = 0; begin < t.k; begin += kChunk) {
     const int64_t size = smaller(kChunk, t.k - begin);
-    const float* w[kRowsW];
+    const float* w[kRowsF32];
     for (int r = 0; r < n_w; ++r) {
       const std::byte* row = t.w + (n + r) * t.w_row_bytes;
       w[r] = Decode<format>::chunk(row, begin, size, buffer[r]);
     }
-    if (n_w == kRowsW) {
-      add_all_products<kRowsW>(w, t.x + first, n_x, begin, size, sums);
+    if (n_w == kRowsF32) {
+      add_all_products<kRowsF32>(w, t.x + first, n_x, begin, size, sums);
     } else {
       add_all_products<1>(w, t.x + first, n_x, begin, size, sums);
     }
@@ -191,8 +259,8 @@ void rows_f32(const MatmulTile& t, int64_t n, int n_w, int first, int n_x) {
 
 template <Format format>
 void matmul_f32(const MatmulTile& t) noexcept {
-  for (int64_t n = t.n_begin; n < t.n_end; n += kRowsW) {
-    const int n_w = static_cast<int>(smaller(kRowsW, t.n_end - n));
+  for (int64_t n = t.n_begin; n < t.n_end; n += kRowsF32) {
+    const int n_w = static_cast<int>(smaller(kRowsF32, t.n_end - n));
     for (int i = 0; i < t.n_x; i += kPassX) {
       rows_f32<format>(t, n, n_w, i, static_cast<int>(smaller(kPassX, t.n_x - i)));
     }
@@ -231,7 +299,9 @@ inline void row_bf16(const MatmulTile& t, int64_t n, int first) {
 }
 
 void matmul_bf16(const MatmulTile& t) noexcept {
-  for_tiles(t, [&](int64_t n, int first, auto count) { row_bf16<count.value>(t, n, first); });
+  for_tiles(t, [&](int64_t n, int n_w, int first, auto count) {
+    for (int r = 0; r < n_w; ++r) row_bf16<count.value>(t, n + r, first);
+  });
 }
 constexpr MatmulEntry kBf16Fast = {Packing::bf16, matmul_bf16};
 #else

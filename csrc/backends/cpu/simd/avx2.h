@@ -44,15 +44,53 @@ inline I32 dot(Bytes w, Bytes x) {
 
 inline I32 dot_add(I32 sum, Bytes w, Bytes x) { return sum + dot<false>(w, x); }
 
-inline void put_pair(Bytes* q, int pair, U8x32 a, U8x32 b) {
-  q[2 * pair] = a;
-  q[2 * pair + 1] = b;
+// Unsigned bytes are at most 63 here, so that sums of four products fit.
+template <bool is_signed>
+inline I32 dot_pair(Bytes w0, Bytes x0, Bytes w1, Bytes x1) {
+  if constexpr (is_signed) return dot<true>(w0, x0) + dot<true>(w1, x1);
+  const __m256i sum = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)w0, (__m256i)x0),
+                                       _mm256_maddubs_epi16((__m256i)w1, (__m256i)x1));
+  return (I32)_mm256_madd_epi16(sum, _mm256_set1_epi16(1));
 }
-inline F32 spread(const F32x16& x, int part) {
+
+struct Paired {
+  static constexpr int group(int i, int u) { return i / 2 * 2 + u; }
+  static constexpr int half(int i, int) { return i % 2; }
+};
+struct Whole {
+  static constexpr int group(int i, int) { return i; }
+  static constexpr int half(int, int u) { return u; }
+};
+
+template <class At>
+MLA_INLINE Bytes units(const uint8_t* p, const At& at) {
+  const int a = at(0), b = at(1);
+  if (b - a == 16) return load_as<Bytes>(p + a);
+  const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + a));
+  if (a == b) return (Bytes)_mm256_broadcastsi128_si256(low);
+  const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + b));
+  return (Bytes)_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+inline Bytes add_where(Bytes q, Bytes bits, Bytes bit, uint8_t value) {
+  const __m256i set = _mm256_cmpeq_epi8((__m256i)(bits & bit), (__m256i)bit);
+  return q | ((Bytes)set & value);
+}
+template <int at>
+inline Bytes add_flagged(Bytes q, Bytes header, uint8_t value) {
+  const __m128i byte_of = _mm_set_epi64x(0x0101010101010101 * (at + 1), 0x0101010101010101 * at);
+  const __m256i flags = _mm256_shuffle_epi8((__m256i)header, _mm256_broadcastsi128_si256(byte_of));
+  const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201));
+  return add_where(q, (Bytes)flags, (Bytes)bit, value);
+}
+
+inline F32 spread_two(Eighth x, int first) {
   const __m256i half = _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0);
-  const __m256i index = _mm256_add_epi32(half, _mm256_set1_epi32(2 * (part & 3)));
-  return (F32)_mm256_permutevar8x32_ps((__m256)x.v[part >> 2], index);
+  const __m256i index = _mm256_add_epi32(half, _mm256_set1_epi32(first));
+  return (F32)_mm256_permutevar8x32_ps((__m256)x, index);
 }
+inline F32 spread(const F32x8& x, int part) { return spread_two(x.v[0], part / 2 * 2); }
+inline F32 spread(const F32x16& x, int part) { return spread_two(x.v[part / 4], 2 * (part % 4)); }
+inline F32 widened(const F32x8& x) { return x.v[0]; }
 inline F32 widen_8(__m128i x, bool is_signed) {
   return (F32)_mm256_cvtepi32_ps(is_signed ? _mm256_cvtepi8_epi32(x) : _mm256_cvtepu8_epi32(x));
 }
@@ -62,26 +100,9 @@ inline F32x16 widen_u8(U8x16 x) {
 inline F32x16 widen_s8(U8x16 x) {
   return {{widen_8((__m128i)x, true), widen_8(_mm_srli_si128((__m128i)x, 8), true)}};
 }
-inline F32x16 widen_f16(U16x16 x) {
-  return {{(F32)_mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)x)),
-           (F32)_mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)x, 1))}};
-}
-
-inline U8x32 concat(U8x16 low, U8x16 high) {
-  return (U8x32)_mm256_set_m128i((__m128i)high, (__m128i)low);
-}
-inline U8x32 lookup16(const int8_t* table, U8x32 index) {
-  const __m128i row = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
-  return (U8x32)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(row), (__m256i)index);
-}
-inline U8x32 bits_to_bytes(uint32_t bits, uint8_t value) {
-  const __m256i byte_of = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202,
-                                            0x0101010101010101, 0x0000000000000000);
-  const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(bits)), byte_of);
-  const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201));
-  const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
-  return (U8x32)set & value;
-}
+inline F32x8 widen8_u8(U8x16 x) { return {{widen_8((__m128i)x, false)}}; }
+inline F32x8 widen8_s8(U8x16 x) { return {{widen_8((__m128i)x, true)}}; }
+inline F32x8 widen8_f16(U8x16 x) { return {{(F32)_mm256_cvtph_ps((__m128i)x)}}; }
 
 // ---- rows turned round: see simd.h --------------------------------------------------------------
 inline F32 f16_low(U32 x) {
@@ -103,7 +124,10 @@ inline Words words_of_rows(const std::byte* p, int64_t stride) {
   return {{(U32)_mm256_unpacklo_epi64(low01, low23), (U32)_mm256_unpackhi_epi64(low01, low23),
            (U32)_mm256_unpacklo_epi64(high01, high23), (U32)_mm256_unpackhi_epi64(high01, high23)}};
 }
-inline Bytes lookup_bytes(const int8_t* table, Bytes index) { return lookup16(table, index); }
+inline Bytes lookup_bytes(const int8_t* table, Bytes index) {
+  const __m128i row = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return (Bytes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(row), (__m256i)index);
+}
 
 inline constexpr bool kSumsPairs = true;
 typedef int16_t FourSums __attribute__((vector_size(kLanes * 4)));

@@ -44,28 +44,84 @@ inline I32 dot_add(I32 sum, Bytes w, Bytes x) {
   return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
 }
 
-inline void put_pair(Bytes* q, int pair, U8x32 a, U8x32 b) {
-  q[pair] = (Bytes)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)a), (__m256i)b, 1);
+template <bool is_signed>
+inline I32 dot_pair(Bytes w0, Bytes x0, Bytes w1, Bytes x1) {
+  return dot_add(dot<is_signed>(w0, x0), w1, x1);
+}
+
+// Formats of 256 elements keep two neighbouring groups in the same bytes if they scale 32, those of
+// the first and the second 128 side by side if they scale 16.
+struct Paired {
+  static constexpr int group(int i, int u) { return 2 * u + i / 2; }
+  static constexpr int half(int i, int) { return i % 2; }
+};
+struct Whole {
+  static constexpr int group(int i, int u) { return i + 4 * (u / 2); }
+  static constexpr int half(int, int u) { return u % 2; }
+};
+
+template <class At>
+MLA_INLINE Bytes units(const uint8_t* p, const At& at) {
+  const int a = at(0), b = at(1), c = at(2), d = at(3);  // known to the compiler: one case remains
+  const auto load128 = [&](int i) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i));
+  };
+  const auto load256 = [&](int i) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i));
+  };
+  const auto load512 = [&](int i) { return _mm512_loadu_si512(p + i); };
+  const auto join = [&](__m256i low, __m256i high) {
+    return (Bytes)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  };
+  if (b - a == 16 && d - c == 16) {
+    if (c == a) return (Bytes)_mm512_broadcast_i64x4(load256(a));
+    return c - a == 32 ? (Bytes)load512(a) : join(load256(a), load256(c));
+  }
+  if (a == b && c == d) {
+    if (c == a) return (Bytes)_mm512_broadcast_i32x4(load128(a));
+    return join(_mm256_broadcastsi128_si256(load128(a)), _mm256_broadcastsi128_si256(load128(c)));
+  }
+  if (b - a == 32 && c - b == 32 && d - c == 32) {  // the same half of four pieces of 32
+    const int first = a & ~16;
+    return (Bytes)((a & 16) != 0 ? _mm512_shuffle_i32x4(load512(first), load512(first + 64), 0xdd)
+                                 : _mm512_shuffle_i32x4(load512(first), load512(first + 64), 0x88));
+  }
+  return join(_mm256_inserti128_si256(_mm256_castsi128_si256(load128(a)), load128(b), 1),
+              _mm256_inserti128_si256(_mm256_castsi128_si256(load128(c)), load128(d), 1));
+}
+inline Bytes add_where(Bytes q, Bytes bits, Bytes bit, uint8_t value) {
+  const __mmask64 where = _mm512_test_epi8_mask((__m512i)bits, (__m512i)bit);
+  return (Bytes)_mm512_mask_add_epi8((__m512i)q, where, (__m512i)q,
+                                     _mm512_set1_epi8(static_cast<char>(value)));
+}
+template <int at>
+inline Bytes add_flagged(Bytes q, Bytes header, uint8_t value) {
+  const __m128i byte_of = _mm_set_epi64x(0x0101010101010101 * (at + 1), 0x0101010101010101 * at);
+  const __m512i flags = _mm512_shuffle_epi8((__m512i)header, _mm512_broadcast_i32x4(byte_of));
+  const __m512i bit = _mm512_set1_epi64(static_cast<long long>(0x8040201008040201));
+  return add_where(q, (Bytes)flags, (Bytes)bit, value);
+}
+
+inline F32 spread(const F32x8& x, int part) {
+  const __m512i even = _mm512_set_epi32(6, 6, 6, 6, 4, 4, 4, 4, 2, 2, 2, 2, 0, 0, 0, 0);
+  const __m512i index = _mm512_add_epi32(even, _mm512_set1_epi32(part / 2));
+  return (F32)_mm512_permutexvar_ps(index, _mm512_castps256_ps512((__m256)x.v[0]));
 }
 inline F32 spread(const F32x16& x, int part) {
-  const __m512i quarter = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-  const __m512i index = _mm512_add_epi32(quarter, _mm512_set1_epi32(4 * part));
+  const __m512i first = _mm512_set_epi32(9, 9, 9, 9, 8, 8, 8, 8, 1, 1, 1, 1, 0, 0, 0, 0);
+  const __m512i index = _mm512_add_epi32(first, _mm512_set1_epi32(2 * part));
   return (F32)_mm512_permutexvar_ps(index, (__m512)x.v[0]);
 }
+inline F32 widened(const F32x8& x) { return (F32)_mm512_zextps256_ps512((__m256)x.v[0]); }
+inline F32x8 widen8_u8(U8x16 x) {
+  return {{(Eighth)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32((__m128i)x))}};
+}
+inline F32x8 widen8_s8(U8x16 x) {
+  return {{(Eighth)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32((__m128i)x))}};
+}
+inline F32x8 widen8_f16(U8x16 x) { return {{(Eighth)_mm256_cvtph_ps((__m128i)x)}}; }
 inline F32x16 widen_u8(U8x16 x) { return {{to_f32((I32)_mm512_cvtepu8_epi32((__m128i)x))}}; }
 inline F32x16 widen_s8(U8x16 x) { return {{to_f32((I32)_mm512_cvtepi8_epi32((__m128i)x))}}; }
-inline F32x16 widen_f16(U16x16 x) { return {{(F32)_mm512_cvtph_ps((__m256i)x)}}; }
-
-inline U8x32 concat(U8x16 low, U8x16 high) {
-  return (U8x32)_mm256_set_m128i((__m128i)high, (__m128i)low);
-}
-inline U8x32 lookup16(const int8_t* table, U8x32 index) {
-  const __m128i row = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
-  return (U8x32)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(row), (__m256i)index);
-}
-inline U8x32 bits_to_bytes(uint32_t bits, uint8_t value) {
-  return (U8x32)_mm256_maskz_mov_epi8(bits, _mm256_set1_epi8(static_cast<char>(value)));
-}
 
 // ---- rows turned round: see simd.h --------------------------------------------------------------
 inline F32 f16_low(U32 x) { return (F32)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)x)); }

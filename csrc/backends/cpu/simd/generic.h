@@ -69,16 +69,48 @@ inline I32 dot(Bytes w, Bytes x) {
 
 inline I32 dot_add(I32 sum, Bytes w, Bytes x) { return sum + dot<false>(w, x); }
 
-inline void put_pair(Bytes* q, int pair, U8x32 a, U8x32 b) {
-  q[4 * pair] = __builtin_shufflevector(a, a, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  q[4 * pair + 1] =
-      __builtin_shufflevector(a, a, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
-  q[4 * pair + 2] =
-      __builtin_shufflevector(b, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  q[4 * pair + 3] =
-      __builtin_shufflevector(b, b, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+template <bool is_signed>
+inline I32 dot_pair(Bytes w0, Bytes x0, Bytes w1, Bytes x1) {
+  return dot<is_signed>(w0, x0) + dot<is_signed>(w1, x1);
 }
-inline F32 spread(const F32x16& x, int part) { return set1(x.v[part >> 2][part & 3]); }
+
+struct Paired {
+  static constexpr int group(int i, int) { return i / 2; }
+  static constexpr int half(int i, int) { return i % 2; }
+};
+using Whole = Paired;
+
+template <class At>
+MLA_INLINE Bytes units(const uint8_t* p, const At& at) {
+  return load_as<Bytes>(p + at(0));
+}
+inline Bytes add_where(Bytes q, Bytes bits, Bytes bit, uint8_t value) {
+  return q | ((Bytes)((bits & bit) == bit) & value);
+}
+template <int at>
+inline Bytes add_flagged(Bytes q, Bytes header, uint8_t value) {
+  typedef uint64_t U64x2 __attribute__((vector_size(16)));
+  const uint64_t copies = 0x0101010101010101;
+  const U64x2 flags = {header[at] * copies, header[at + 1] * copies};
+  const U64x2 bit = {0x8040201008040201, 0x8040201008040201};
+  return add_where(q, (Bytes)flags, (Bytes)bit, value);
+}
+inline Bytes lookup_bytes(const int8_t* table, Bytes index) {
+#if defined(__aarch64__)
+  return (U8x16)vqtbl1q_u8(vld1q_u8(reinterpret_cast<const uint8_t*>(table)), (uint8x16_t)index);
+#else
+  Bytes out = {};
+  for (int i = 0; i < 16; ++i) {
+    const Bytes here = (Bytes)(index == static_cast<uint8_t>(i));
+    out |= here & static_cast<uint8_t>(table[i]);
+  }
+  return out;
+#endif
+}
+
+inline F32 spread(const F32x8& x, int part) { return set1(x.v[part / 8][part / 2 % 4]); }
+inline F32 spread(const F32x16& x, int part) { return set1(x.v[part / 4][part % 4]); }
+inline F32 widened(const F32x8& x) { return x.v[0] + x.v[1]; }
 template <class Narrow>
 inline F32x16 widen_bytes(const Narrow* p) {  // int8_t or uint8_t
   typedef Narrow Four __attribute__((vector_size(kLanes)));
@@ -92,47 +124,13 @@ inline F32x16 widen_bytes(const Narrow* p) {  // int8_t or uint8_t
 }
 inline F32x16 widen_u8(U8x16 x) { return widen_bytes(reinterpret_cast<const uint8_t*>(&x)); }
 inline F32x16 widen_s8(U8x16 x) { return widen_bytes(reinterpret_cast<const int8_t*>(&x)); }
-inline F32x16 widen_f16(U16x16 x) {
-  uint16_t h[16];
+inline F32x8 first_half(const F32x16& x) { return {{x.v[0], x.v[1]}}; }
+inline F32x8 widen8_u8(U8x16 x) { return first_half(widen_u8(x)); }
+inline F32x8 widen8_s8(U8x16 x) { return first_half(widen_s8(x)); }
+inline F32x8 widen8_f16(U8x16 x) {
+  uint16_t h[8];
   std::memcpy(h, &x, sizeof h);
-  F32x16 out;
-  for (int i = 0; i < kSixteen; ++i) out.v[i] = load_f16(h + i * kLanes);
-  return out;
-}
-
-// From here on in halves of 16 bytes: the compiler takes comparisons of wider vectors apart into
-// single bytes.
-inline U8x32 concat(U8x16 low, U8x16 high) {
-  const U8x16 both[2] = {low, high};
-  return load_as<U8x32>(both);
-}
-inline U8x16 lookup16_half(const int8_t* table, U8x16 index) {
-#if defined(__aarch64__)
-  return (U8x16)vqtbl1q_u8(vld1q_u8(reinterpret_cast<const uint8_t*>(table)), (uint8x16_t)index);
-#else
-  U8x16 out = {};
-  for (int i = 0; i < 16; ++i) {
-    const U8x16 here = (U8x16)(index == static_cast<uint8_t>(i));
-    out |= here & static_cast<uint8_t>(table[i]);
-  }
-  return out;
-#endif
-}
-inline U8x32 lookup16(const int8_t* table, U8x32 index) {
-  U8x16 half[2];
-  std::memcpy(half, &index, sizeof half);
-  return concat(lookup16_half(table, half[0]), lookup16_half(table, half[1]));
-}
-// Each byte of bits is copied eight times, and each copy keeps another bit.
-inline U8x16 bits_to_bytes_half(uint32_t bits, uint8_t value) {
-  typedef uint64_t U64x2 __attribute__((vector_size(16)));
-  const uint64_t copies = 0x0101010101010101;
-  const U64x2 bytes = {(bits & 255) * copies, (bits >> 8 & 255) * copies};
-  const U8x16 kept = (U8x16)(bytes & uint64_t{0x8040201008040201});
-  return (U8x16)(kept != 0) & value;
-}
-inline U8x32 bits_to_bytes(uint32_t bits, uint8_t value) {
-  return concat(bits_to_bytes_half(bits, value), bits_to_bytes_half(bits >> 16, value));
+  return {{load_f16(h), load_f16(h + kLanes)}};
 }
 
 // ---- rows turned round: see simd.h --------------------------------------------------------------
@@ -153,7 +151,6 @@ inline Words words_of_rows(const std::byte* p, int64_t stride) {
            __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
            __builtin_shufflevector(high01, high23, 2, 3, 6, 7)}};
 }
-inline Bytes lookup_bytes(const int8_t* table, Bytes index) { return lookup16_half(table, index); }
 
 inline constexpr bool kSumsPairs = true;
 typedef int16_t FourSums __attribute__((vector_size(kLanes * 4)));

@@ -18,14 +18,22 @@ inline F32 set1(float x) { return x - F32{}; }
 inline F32 zero() { return F32{}; }
 inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
 
-inline float reduce_add(F32 v) {  // pairwise, the same tree at every width
-  float lane[kLanes];
-  store(lane, v);
-  for (int n = kLanes / 2; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
+// Halves are added until one number is left: the same tree at every width.
+template <int n>
+struct Halves {
+  typedef float V __attribute__((vector_size(n * sizeof(float))));
+  static float add(V v) {
+    typename Halves<n / 2>::V half[2];
+    std::memcpy(half, &v, sizeof v);
+    return Halves<n / 2>::add(half[0] + half[1]);
   }
-  return lane[0];
-}
+};
+template <>
+struct Halves<1> {
+  using V = float;
+  static float add(float v) { return v; }
+};
+inline float reduce_add(F32 v) { return Halves<kLanes>::add(v); }
 inline float reduce_max(F32 v) {
   float best = v[0];
   for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
@@ -43,12 +51,8 @@ inline F32 load_bf16(const uint16_t* p) {
 inline F32 to_f32(I32 v) { return __builtin_convertvector(v, F32); }
 
 // ---- small integers -----------------------------------------------------------------------------
-// Quantized weights are unpacked in groups of 32 bytes, whatever the width of a register: the
-// compiler splits U8x32 where registers are narrower.
 typedef uint8_t Bytes __attribute__((vector_size(kLanes * 4)));  // one register
 typedef uint8_t U8x16 __attribute__((vector_size(16)));
-typedef uint8_t U8x32 __attribute__((vector_size(32)));
-typedef uint16_t U16x16 __attribute__((vector_size(32)));
 
 struct F32x16 {  // one number for each of the 16 groups of 16 in 256 elements
   F32 v[16 / kLanes];
@@ -61,17 +65,26 @@ struct Words {  // four neighbouring ones
   U32 w[4];
 };
 
+// One number for each of the 8 groups of 32; half a register where those are wider.
+inline constexpr int kEight = kLanes < 8 ? 8 / kLanes : 1;
+typedef float Eighth __attribute__((vector_size(32 / kEight)));
+struct F32x8 {
+  Eighth v[kEight];
+};
+
+// 256 bytes are kParts registers of kUnits units of 16 bytes, each half a group of 32 elements, in
+// one of two orders. Unit u of part i is half half(i, u) of group group(i, u). `Paired`: the two
+// halves of a group are in the same unit of parts 2 j and 2 j + 1, so that what shares a scale is
+// summed before it is scaled. `Whole`: they are neighbours.
+inline constexpr int kUnits = kLanes / 4;
+inline constexpr int kParts = 16 / kUnits;
+
 template <class V>
 inline V load_as(const void* p) {
   V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-inline U8x32 splat(uint8_t x) { return x - U8x32{}; }
-// Shifts of all bits; the caller masks off what crosses from a neighbouring byte.
-inline U8x32 shift_right(U8x32 v, int n) { return (U8x32)((U16x16)v >> n); }
-inline U8x32 shift_left(U8x32 v, int n) { return (U8x32)((U16x16)v << n); }
-
 inline F32x16 load_f32x16(const float* p) {
   F32x16 out;
   for (int i = 0; i < kSixteen; ++i) out.v[i] = load(p + i * kLanes);
@@ -79,6 +92,17 @@ inline F32x16 load_f32x16(const float* p) {
 }
 inline void store_f32x16(float* p, const F32x16& x) {
   for (int i = 0; i < kSixteen; ++i) store(p + i * kLanes, x.v[i]);
+}
+inline F32x8 load_f32x8(const float* p) { return load_as<F32x8>(p); }
+inline F32x8 operator*(const F32x8& a, const F32x8& b) {
+  F32x8 out;
+  for (int i = 0; i < kEight; ++i) out.v[i] = a.v[i] * b.v[i];
+  return out;
+}
+inline F32x8 operator*(float a, const F32x8& b) {
+  F32x8 out;
+  for (int i = 0; i < kEight; ++i) out.v[i] = (a - Eighth{}) * b.v[i];
+  return out;
 }
 inline F32x16 operator*(const F32x16& a, const F32x16& b) {
   F32x16 out;

@@ -6,17 +6,23 @@
 //   load(const float*) store(float*, F32) set1(float) zero() load_f16(const uint16_t*)
 //   load_bf16(const uint16_t*) store_f16 store_bf16 max(F32, F32) reduce_add reduce_max exp(F32)
 //
-// Small integers (Bytes: one register of them; 256 weights are kParts registers):
+// Small integers (Bytes: one register of them; 256 weights are kParts registers, see lanes.h):
 //   I32 dot<is_signed>(Bytes w, Bytes x)  products of w with x in [-127, 127], summed in fours; a
-//       lane's four lie within the 16 bytes that `spread` gives one scale. w in [0, 127], or in
-//       [-128, 127] if is_signed. Where kSignedByOffset, w may be any unsigned byte, and signed
-//       weights come as w + 128: the kernel takes 128 sum(x) off again.
+//       lane's four lie within one unit of 16 bytes. w in [0, 127], or in [-128, 127] if is_signed.
+//       Where kSignedByOffset, w may be any unsigned byte, and signed weights come as w + 128: the
+//       kernel takes 128 sum(x) off again.
 //   I32 dot_add(sum, w, x)  sum + dot<false>(w, x)
-//   put_pair(Bytes*, pair, U8x32, U8x32)  groups 2 pair and 2 pair + 1 of 32 bytes, into registers
-//   F32 spread(F32x16, part)          one number per 16 bytes -> the lanes of register `part`
-//   F32x16 widen_u8, widen_s8(U8x16), widen_f16(U16x16)
-//   U8x32 concat(U8x16 low, U8x16 high)
-//   U8x32 lookup16(table of 16, index), bits_to_bytes(bits, value): value where the bit is set
+//   I32 dot_pair<is_signed>(w0, x0, w1, x1)  dot(w0, x0) + dot(w1, x1), w at most 63 if not signed
+//   Paired, Whole                     the orders of bytes
+//   Bytes units(p, at)                unit u: 16 bytes at p + at(u). Where all are 32 apart, they
+//       are of one run of whole pieces of 32 bytes, and all of that is read
+//   Bytes add_where(q, bits, bit, value)  q + value where bits has the bit; q has none of value's
+//   Bytes add_flagged<at>(q, header, value)  the same for byte e of a unit where bit e of the 16
+//       in bytes at, at + 1 of the header's unit is set
+//   F32 spread(F32x8, part)           one number per group of 32 -> the lanes of a pair's sums
+//   F32 spread(F32x16, part)          one per 16 -> the lanes of one part in order `Whole`
+//   F32 widened(F32x8)                a register with the same sum
+//   F32x16 widen_u8, widen_s8(U8x16); F32x8 widen8_u8, widen8_s8, widen8_f16 of the first 8
 //   Words words_of_rows(p, stride)    16 bytes of each of kLanes rows, turned round: word i of row
 //                                     r in lane r of w[i]
 //   F32 f16_low(U32)                  of the half in each lane's low 16 bits
