@@ -21,21 +21,31 @@ namespace mla::cpu::MLA_ISA {
 namespace {
 
 // Calls rows(n, n_w, first, Count<n_x>) for groups of up to kRowsTogether rows of w and tiles of
-// x, n_x in {8, 4, 2, 1}.
+// x, n_x in {8, 4, 2, 1} and up to `most`.
 inline constexpr int kRowsTogether = 4;
 template <int n>
 struct Count {
   static constexpr int value = n;
 };
-template <class Rows>
+template <int most, class Rows>
 inline void for_tiles(const MatmulTile& t, const Rows& rows) {
   for (int64_t n = t.n_begin; n < t.n_end; n += kRowsTogether) {
     const int n_w = static_cast<int>(smaller(kRowsTogether, t.n_end - n));
     int i = 0;
-    for (; i + 8 <= t.n_x; i += 8) rows(n, n_w, i, Count<8>{});
-    if (t.n_x - i >= 4) rows(n, n_w, i, Count<4>{}), i += 4;
+    if constexpr (most == 8) {
+      for (; i + 8 <= t.n_x; i += 8) rows(n, n_w, i, Count<8>{});
+    }
+    for (; i + 4 <= t.n_x; i += 4) rows(n, n_w, i, Count<4>{});
     if (t.n_x - i >= 2) rows(n, n_w, i, Count<2>{}), i += 2;
     if (t.n_x - i >= 1) rows(n, n_w, i, Count<1>{});
+  }
+}
+
+// Rows n and following of w; those that are not there repeat the last.
+template <class T, int n_rows>
+inline void find_rows(const MatmulTile& t, int64_t n, const T* (&w)[n_rows]) {
+  for (int r = 0; r < n_rows; ++r) {
+    w[r] = reinterpret_cast<const T*>(t.w + smaller(n + r, t.n_end - 1) * t.w_row_bytes);
   }
 }
 
@@ -44,12 +54,23 @@ inline void finish(const MatmulTile& t, int i, int64_t n, F32 sum) {
   t.y[i][n] = t.accumulate ? t.y[i][n] + total : total;
 }
 
-// While kRowsTogether rows are read, piece by piece, as many pieces of the memory that follows them
-// are asked for: rows are short runs, at whose ends the hardware would lose the thread.
+// While a group of kRowsTogether rows is read, piece by piece, as many pieces of the memory that
+// follows are asked for: rows are short runs, at whose ends the hardware would lose the thread.
+// The group after the next is brought to the second-level cache, the next to the first, where two
+// of them take up to 20 of 32 KiB; longer ones come as far as the second.
+inline constexpr int64_t kNearBytes = 10 * 1024;
 struct Ahead {
   const std::byte* at;
+  int64_t group_bytes;
+
+  Ahead(const void* now, int64_t group)
+      : at(static_cast<const std::byte*>(now) + group),
+        group_bytes(group <= kNearBytes ? group : 0) {}
   MLA_INLINE void ask(int64_t n_bytes) {
-    for (int64_t i = 0; i < n_bytes; i += 64) __builtin_prefetch(at + i);
+    for (int64_t i = 0; i < n_bytes; i += 64) __builtin_prefetch(at + group_bytes + i, 0, 2);
+    if (group_bytes != 0) {
+      for (int64_t i = 0; i < n_bytes; i += 64) __builtin_prefetch(at + i, 0, 3);
+    }
     at += n_bytes;
   }
 };
@@ -105,7 +126,7 @@ inline void rows_q8(const MatmulTile& t, const B* const* w, int64_t n, int n_w, 
   Sum8 sums[kRows][n_x] = {};
 #pragma GCC unroll 8
   for (int i = 0; i < n_x; ++i) x[i] = reinterpret_cast<const PackedSuper*>(t.x[first + i]);
-  Ahead next{reinterpret_cast<const std::byte*>(w[0]) + ahead};
+  Ahead next(w[0], ahead);
   for (int64_t s = 0; s < n_steps; ++s) {
     const int64_t at = smaller(s * kStep, last);  // the last 256 may overlap those before
     if (ahead != 0) next.ask(kRows * kStep * static_cast<int64_t>(sizeof(B)));
@@ -131,10 +152,7 @@ inline void matmul_q8_tile(const MatmulTile& t, int64_t n, int n_w, int first) {
   constexpr int kRows = kRowsW<n_x>;
   for (int r = 0; r < n_w; r += kRows) {
     const B* w[kRows];
-    for (int i = 0; i < kRows; ++i) {  // rows that are not there repeat the last
-      const int64_t row = smaller(n + r + i, t.n_end - 1);
-      w[i] = reinterpret_cast<const B*>(t.w + row * t.w_row_bytes);
-    }
+    find_rows(t, n + r, w);
     const int64_t ahead = first == 0 ? kRowsTogether * t.w_row_bytes : 0;
     rows_q8<B, n_x>(t, w, n + r, n_w - r, first, ahead);
   }
@@ -163,7 +181,7 @@ void matmul_q8(const MatmulTile& t) noexcept {
   if constexpr (kBlockElems<B> < block::kSuper) {
     if (t.k < block::kSuper) return matmul_q8_short<B>(t);
   }
-  for_tiles(t, [&](int64_t n, int n_w, int first, auto count) {
+  for_tiles<8>(t, [&](int64_t n, int n_w, int first, auto count) {
     matmul_q8_tile<B, count.value>(t, n, n_w, first);
   });
 }
@@ -267,45 +285,87 @@ void matmul_f32(const MatmulTile& t) noexcept {
   }
 }
 
-// ---- bf16 with bf16 -----------------------------------------------------------------------------
-#if defined(MLA_ISA_AVX512BF16)
-template <int n_x>
-inline void row_bf16(const MatmulTile& t, int64_t n, int first) {
-  const uint16_t* w = reinterpret_cast<const uint16_t*>(t.w + n * t.w_row_bytes);
-  const uint16_t* x[n_x];
-  F32 even[n_x], odd[n_x];
-#pragma GCC unroll 8
-  for (int i = 0; i < n_x; ++i) {
-    x[i] = reinterpret_cast<const uint16_t*>(t.x[first + i]);
-    even[i] = odd[i] = zero();
+// ---- numbers as they are, few rows of x ---------------------------------------------------------
+// The sums are those of `matmul_f32`, in its order.
+template <class W, F32 (*load_w)(const W*)>
+struct FloatDot {
+  using Weight = W;
+  using X = float;
+  static constexpr int64_t kStep = kLanes;
+  static MLA_INLINE F32 add(F32 sum, const W* w, const float* x) {
+    return load_w(w) * load(x) + sum;
   }
-  constexpr int64_t kStep = 2 * kLanes;
-  int64_t j = 0;
-  for (; j + 2 * kStep <= t.k; j += 2 * kStep) {
+};
+
+// Of each row of w with each of x: two chains, or latency would be the limit.
+inline constexpr int kMostPlainSums = kLanes == 16 ? 8 : 4;
+
+template <class Dot, int n_x>
+inline void rows_plain(const MatmulTile& t, int64_t n, int n_w, int first) {
+  using W = typename Dot::Weight;
+  using X = typename Dot::X;
+  constexpr int64_t kStep = Dot::kStep;
+  constexpr int kRows = static_cast<int>(smaller(kMostPlainSums / n_x, kRowsTogether));
+  for (int begin = 0; begin < n_w; begin += kRows) {
+    const W* w[kRows];
+    find_rows(t, n + begin, w);
+    const X* x[n_x];
+    Sums s[kRows][n_x] = {};
+    for (int i = 0; i < n_x; ++i) x[i] = reinterpret_cast<const X*>(t.x[first + i]);
+    Ahead next(w[0], kRowsTogether * t.w_row_bytes);
+    int64_t j = 0;
+    for (; j + 2 * kStep <= t.k; j += 2 * kStep) {
+      if (first == 0) next.ask(kRows * 2 * kStep * static_cast<int64_t>(sizeof(W)));
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int i = 0; i < n_x; ++i) {
-      even[i] = dot_bf16(even[i], w + j, x[i] + j);
-      odd[i] = dot_bf16(odd[i], w + j + kStep, x[i] + j + kStep);
+        for (int i = 0; i < n_x; ++i) {
+          s[r][i].even = Dot::add(s[r][i].even, w[r] + j, x[i] + j);
+          s[r][i].odd = Dot::add(s[r][i].odd, w[r] + j + kStep, x[i] + j + kStep);
+        }
+      }
+    }
+    for (; j < t.k; j += kStep) {
+      for (int r = 0; r < kRows; ++r) {
+        W padded[kStep] = {};
+        std::memcpy(padded, w[r] + j, static_cast<size_t>(smaller(kStep, t.k - j)) * sizeof(W));
+        for (int i = 0; i < n_x; ++i) s[r][i].even = Dot::add(s[r][i].even, padded, x[i] + j);
+      }
+    }
+    for (int r = 0; r < smaller(kRows, n_w - begin); ++r) {
+      for (int i = 0; i < n_x; ++i) finish(t, first + i, n + begin + r, s[r][i].even + s[r][i].odd);
     }
   }
-  for (; j < t.k; j += kStep) {
-    uint16_t padded[kStep] = {};
-    std::memcpy(padded, w + j, static_cast<size_t>(smaller(kStep, t.k - j)) * sizeof(uint16_t));
-#pragma GCC unroll 8
-    for (int i = 0; i < n_x; ++i) even[i] = dot_bf16(even[i], padded, x[i] + j);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < n_x; ++i) finish(t, first + i, n, even[i] + odd[i]);
 }
 
-void matmul_bf16(const MatmulTile& t) noexcept {
-  for_tiles(t, [&](int64_t n, int n_w, int first, auto count) {
-    for (int r = 0; r < n_w; ++r) row_bf16<count.value>(t, n + r, first);
+template <class Dot>
+void matmul_plain(const MatmulTile& t) noexcept {
+  for_tiles<kMostPlainSums>(t, [&](int64_t n, int n_w, int first, auto count) {
+    rows_plain<Dot, count.value>(t, n, n_w, first);
   });
 }
-constexpr MatmulEntry kBf16Fast = {Packing::bf16, matmul_bf16};
+
+template <Format format, class W, F32 (*load_w)(const W*)>
+void matmul_floats(const MatmulTile& t) noexcept {
+  if (t.n_x <= kMostPlainSums) return matmul_plain<FloatDot<W, load_w>>(t);
+  matmul_f32<format>(t);
+}
+constexpr MatmulEntry kF32 = {Packing::f32, matmul_floats<Format::F32, float, load>};
+constexpr MatmulEntry kF16 = {Packing::f32, matmul_floats<Format::F16, uint16_t, load_f16>};
+constexpr MatmulEntry kBf16 = {Packing::f32, matmul_floats<Format::BF16, uint16_t, load_bf16>};
+
+#if defined(MLA_ISA_AVX512BF16)
+struct Bf16Dot {
+  using Weight = uint16_t;
+  using X = uint16_t;
+  static constexpr int64_t kStep = 2 * kLanes;
+  static MLA_INLINE F32 add(F32 sum, const uint16_t* w, const uint16_t* x) {
+    return dot_bf16(sum, w, x);
+  }
+};
+constexpr MatmulEntry kBf16Fast = {Packing::bf16, matmul_plain<Bf16Dot>};
 #else
-constexpr MatmulEntry kBf16Fast = {Packing::f32, matmul_f32<Format::BF16>};
+constexpr MatmulEntry kBf16Fast = kBf16;
 #endif
 
 // ---- w [K, N]: y[i, n] (+)= sum_k x[i, k] w[k, n] -----------------------------------------------
@@ -366,9 +426,9 @@ constexpr MatmulEntry kNone = {Packing::f32, nullptr};
 extern const MatmulTable matmul_table;
 const MatmulTable matmul_table = {
     {
-        {{Packing::f32, matmul_f32<Format::F32>}, {Packing::f32, matmul_f32<Format::F32>}},
-        {{Packing::f32, matmul_f32<Format::F16>}, {Packing::f32, matmul_f32<Format::F16>}},
-        {kBf16Fast, {Packing::f32, matmul_f32<Format::BF16>}},
+        {kF32, kF32},
+        {kF16, kF16},
+        {kBf16Fast, kBf16},
 #define MLA_FORMAT(name, gguf, elems, bytes) \
   {{Packing::q8, matmul_q8<block::name>}, {Packing::f32, matmul_f32<Format::name>}},
 #include "quant/formats.def"
