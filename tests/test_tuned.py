@@ -120,6 +120,19 @@ def test_a_directory_in_its_place(file: Path) -> None:
 # ---- keys ----------------------------------------------------------------------------------------
 
 
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    found = TunedFile(machine="this one")
+    assert found.find("a model") is None
+    assert "XDG_CACHE_HOME" in found.problem
+    with pytest.raises(OSError, match="XDG_CACHE_HOME"):
+        found.store_threads(2)
+
+
 def test_a_model_is_known_by_its_shape_and_formats(tmp_path: Path) -> None:
     moved = tmp_path / "moved.gguf"
     moved.write_bytes(small_model().read_bytes())

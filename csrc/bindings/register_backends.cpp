@@ -11,6 +11,7 @@
 #include "bindings/graph_types.h"
 #include "bindings/register.h"
 #include "exec/executor.h"
+#include "sys/affinity.h"
 
 namespace py = pybind11;
 using py::arg;
@@ -45,6 +46,7 @@ class RunWatch {
     const auto now = Clock::now();
     if (now < next_signals_) return;
     next_signals_ = now + kSignalInterval;
+    const AtHome at_home(home_);
     const py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     if (on_steps_.is_none() || now < next_report_) return;
@@ -52,6 +54,15 @@ class RunWatch {
     on_steps_(n_done_, n_steps_);
   }
 
+  // Threads and processes that Python starts meanwhile inherit where this thread may run: all that
+  // the caller may use, not the node that it computes on.
+  struct AtHome {
+    explicit AtHome(const sys::Affinity& home) { home.restore(); }
+    ~AtHome() { here.restore(); }
+    sys::Affinity here;
+  };
+
+  const sys::Affinity home_;
   const CancelToken* token_;
   const py::object& on_steps_;
   int64_t n_steps_;
@@ -128,6 +139,8 @@ Uploaded upload(Workspace& workspace, const Backend& backend, const PyTensor& te
             " is no backend of the workspace");
   const Domain domain = workspace.domain_of(static_cast<int>(found - all.begin()));
   if (domain == kHost) return {{}, tensor.owner};
+  MLA_CHECK(UnsupportedError, tensor.tensor.slices == nullptr, "upload: ", backend.name(),
+            " cannot read a tensor that is kept in parts");
   const py::gil_scoped_release unlocked;
   return {workspace.constant(domain, tensor.tensor), tensor.owner};
 }

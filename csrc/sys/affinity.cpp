@@ -38,4 +38,15 @@ RunOn::~RunOn() {
   if (before_ != nullptr) sched_setaffinity(0, set_bytes_, before_.get());
 }
 
+Affinity::Affinity() {
+  const long n_cpus = std::max(sysconf(_SC_NPROCESSORS_CONF), long{CPU_SETSIZE});
+  set_bytes_ = CPU_ALLOC_SIZE(n_cpus);
+  cpus_.reset(CPU_ALLOC(n_cpus));
+  if (cpus_ != nullptr && sched_getaffinity(0, set_bytes_, cpus_.get()) != 0) cpus_ = nullptr;
+}
+
+void Affinity::restore() const {
+  if (cpus_ != nullptr) sched_setaffinity(0, set_bytes_, cpus_.get());
+}
+
 }  // namespace mla::sys

@@ -29,4 +29,18 @@ class RunOn {
   std::unique_ptr<cpu_set_t, FreeSet> before_;  // null: nothing to restore
 };
 
+// Where the calling thread could run when this was made; for that thread alone.
+class Affinity {
+ public:
+  Affinity();
+  void restore() const;
+
+ private:
+  struct FreeSet {
+    void operator()(cpu_set_t* set) const { CPU_FREE(set); }
+  };
+  size_t set_bytes_;
+  std::unique_ptr<cpu_set_t, FreeSet> cpus_;  // null: not known
+};
+
 }  // namespace mla::sys

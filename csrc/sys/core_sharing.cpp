@@ -33,7 +33,10 @@ CoreSharing::CoreSharing(bool may_move)
   const long n_cpus = std::max(sysconf(_SC_NPROCESSORS_CONF), long{CPU_SETSIZE});
   set_bytes_ = CPU_ALLOC_SIZE(n_cpus);
   allowed_.reset(CPU_ALLOC(n_cpus));
-  may_move_ = allowed_ != nullptr && sched_getaffinity(0, set_bytes_, allowed_.get()) == 0;
+  chosen_.reset(CPU_ALLOC(n_cpus));
+  may_move_ = allowed_ != nullptr && chosen_ != nullptr &&
+              sched_getaffinity(0, set_bytes_, allowed_.get()) == 0;
+  if (may_move_) CPU_OR_S(set_bytes_, chosen_.get(), allowed_.get(), allowed_.get());
 }
 
 void CoreSharing::between_chunks(int caller_cpu) {
@@ -47,11 +50,16 @@ void CoreSharing::leave(int cpu, Clock::time_point now) {
   const auto n_cpus = static_cast<int>(set_bytes_ * 8);
   const std::unique_ptr<cpu_set_t, FreeSet> others(CPU_ALLOC(n_cpus));
   if (cpu < 0 || cpu >= n_cpus || others == nullptr) return;
+  if (sched_getaffinity(0, set_bytes_, others.get()) != 0) return;
+  if (!CPU_EQUAL_S(set_bytes_, others.get(), chosen_.get())) {  // somebody has set it since
+    CPU_OR_S(set_bytes_, allowed_.get(), others.get(), others.get());
+  }
   CPU_OR_S(set_bytes_, others.get(), allowed_.get(), allowed_.get());
   CPU_CLR_S(cpu, set_bytes_, others.get());
   if (CPU_COUNT_S(set_bytes_, others.get()) == 0) return;
   // Where it is refused (the process's CPUs have changed meanwhile) the thread stays where it is.
   may_move_ = sched_setaffinity(0, set_bytes_, others.get()) == 0;
+  if (may_move_) may_move_ = sched_getaffinity(0, set_bytes_, chosen_.get()) == 0;
 }
 
 void CoreSharing::give_way(Clock::time_point now) {

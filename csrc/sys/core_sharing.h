@@ -34,7 +34,8 @@ class CoreSharing {
 
   bool may_move_;
   size_t set_bytes_ = 0;
-  std::unique_ptr<cpu_set_t, FreeSet> allowed_;  // when the thread began
+  std::unique_ptr<cpu_set_t, FreeSet> allowed_;  // to the thread, by others than itself
+  std::unique_ptr<cpu_set_t, FreeSet> chosen_;   // what it made of that itself
   Clock::time_point next_move_;
   Clock::time_point next_look_;
   Clock::time_point on_core_since_;

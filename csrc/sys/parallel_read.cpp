@@ -12,6 +12,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #include "base/error.h"
@@ -136,7 +137,12 @@ class ParallelRead {
           const std::lock_guard lock(mutex_);
           ++n_running_;
         }
-        readers.emplace_back([this, i] { read_pieces(i); });
+        try {
+          readers.emplace_back([this, i] { read_pieces(i); });
+        } catch (const std::system_error& e) {
+          throw DeviceError(concat(sources_.front()->path(), ": only ", readers.size(),
+                                   " threads could be started to read it: ", e.code().message()));
+        }
       }
     }
     report_until_done(progress);

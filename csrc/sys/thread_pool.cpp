@@ -110,6 +110,7 @@ ThreadPool::State::State(const ThreadPoolOptions& with)
     : options(with),
       n_threads(with.n_threads > 0 ? with.n_threads : cores_of(with.nodes)),
       nodes(std::max<size_t>(with.nodes.size(), 1)) {
+  options.n_threads = n_threads;  // a forked child's threads index the same scratch
   assign();
 }
 

@@ -26,6 +26,7 @@ from mla_backend.limits import cpu_name
 _VERSION: Final = 1
 _MOST_THREADS: Final = 4096
 _MOST_BATCH: Final = 1 << 20
+_NO_HOME: Final = "tuned settings have no place: this user has no home; set XDG_CACHE_HOME"
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,13 @@ class Tuned:
         return f"{threads}batch {self.n_batch}: tuned on {self.when}"
 
 
-def tuned_path() -> Path:
-    """Where the file is: in $XDG_CACHE_HOME, or ~/.cache."""
+def tuned_path() -> Path | None:
+    """Where the file is: in $XDG_CACHE_HOME, or ~/.cache; None where neither is known."""
     base = os.environ.get("XDG_CACHE_HOME") or ""
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    try:
+        root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    except RuntimeError:  # a user without a home directory
+        return None
     return root / "mla_backend" / "tuned.json"
 
 
@@ -86,7 +90,7 @@ class TunedFile:
     def __init__(self, path: Path | None = None, machine: str | None = None) -> None:
         self.path = path if path is not None else tuned_path()
         self.machine = machine if machine is not None else machine_key()
-        self.problem = ""
+        self.problem = "" if self.path is not None else _NO_HOME
         self._machines = self._read()
 
     @property
@@ -127,6 +131,8 @@ class TunedFile:
         return entry if isinstance(entry, dict) else {}
 
     def _read(self) -> dict[str, Any]:
+        if self.path is None:
+            return {}
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -143,6 +149,8 @@ class TunedFile:
 
     def _write(self, changes: dict[str, Any]) -> None:
         """Change the machine's entry, in one step for whoever reads meanwhile."""
+        if self.path is None:
+            raise OSError(_NO_HOME)
         problem = self.problem
         self._machines = self._read()  # another process may have stored something
         self.problem = problem

@@ -22,7 +22,7 @@ import numpy as np
 from mla_backend import _core
 from mla_backend.benchmark import WARM_UP_TOKENS, OurProgram
 from mla_backend.cache import CACHE_TYPES
-from mla_backend.errors import UsageError
+from mla_backend.errors import MemoryLimitError, UsageError
 from mla_backend.model import Model
 from mla_backend.session import Session
 from mla_backend.tuned import Tuned, model_key
@@ -102,7 +102,8 @@ def tune(path: str | Path, on_progress: Progress | None = None, **options: Any) 
         first = stack.enter_context(Model.load(path, **_load_options(options), tuned=False))
         opened = _Loaded(path, options, stack, first)
         threads: Sequence[int | None] = (None,) if opened.is_placed else thread_counts()
-        search = Search(opened, threads, first.n_ctx, on_progress)
+        alone = opened.is_placed
+        search = Search(opened, threads, first.n_ctx, on_progress, compare_caches=not alone)
         infos = check_weights(first.config, first.file).values()
         settings = search.run()
         return Tuning(model_key(first.config, infos), settings, tuple(search.trials))
@@ -126,9 +127,11 @@ class Search:
         n_ctx: int,
         on_progress: Progress | None = None,
         *,
+        compare_caches: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._open = open
+        self._compare_caches = compare_caches
         self._threads = threads
         self._n_ctx = n_ctx
         self._on_progress = on_progress or (lambda *_: None)
@@ -189,12 +192,12 @@ class Search:
     def _best_cache(
         self, contestant: Contestant, threads: int | None, depth: int, rate: float
     ) -> str:
-        if _OTHER_CACHE not in CACHE_TYPES:
+        if _OTHER_CACHE not in CACHE_TYPES or not self._compare_caches:
             return _BASE_CACHE
         depth = max(1, min(depth, int(rate * _CACHE_S / 4)))
         try:
             contestants = {_BASE_CACHE: contestant, _OTHER_CACHE: self._open(threads, _OTHER_CACHE)}
-        except UsageError:  # the latent is no multiple of its blocks
+        except (UsageError, MemoryLimitError):  # no such blocks in the latent, or no room
             return _BASE_CACHE
         taken: dict[str, list[float]] = {name: [] for name in contestants}
         begin = self._clock()
@@ -241,8 +244,8 @@ class _Loaded:
         self._stack = stack
         self._loaded = {(first.n_threads, _BASE_CACHE): _Timed(first, stack)}
         self._first = (first.n_threads, _BASE_CACHE)
-        #: Weights on nodes are copies: there is room for one model, and its threads are the nodes'.
-        self.is_placed = first.numa.mode == "shard"
+        #: Placed weights are copies: there is room for one model, and its threads are the nodes'.
+        self.is_placed = first.numa.mode != "off"
 
     def __call__(self, threads: int | None, cache_type: str) -> Contestant:
         key = (threads if threads is not None else self._first[0], cache_type)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UsageError
+from ..errors import DeviceError, UsageError
 from .console import Console
 from .options import ContextOptions, HugePages, ModelOptions
 from .units import bytes_text
@@ -76,7 +76,12 @@ def memory_text(model: Model) -> str:
 def show_placement(model: Model, console: Console) -> None:
     """Where weights and cache lie, of a model that has nodes to lie on."""
     if console.is_verbose and len(model.numa.nodes) > 1:
-        for line in placement_lines(model.placement_report()):
+        try:
+            report = model.placement_report()
+        except DeviceError as error:  # containers often refuse to say where pages lie
+            console.detail(f"placement: {error}")
+            return
+        for line in placement_lines(report):
             console.detail(line)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import UsageError
 from .console import Console, write_json, write_stdout
 from .options import ConsoleOptions, JsonOptions, ModelPath
 
@@ -32,11 +33,13 @@ def tune(
     from ..tuning import tune as find
 
     console = Console(console_options, as_json=output.as_json)
-    found = find(path.path, console.progress)
-    console.progress.clear()
     file = TunedFile()
+    if file.path is None and not options.dry_run:
+        raise UsageError(f"{file.problem}, or use --dry-run")
     if file.problem:
         console.note(f"note: {file.problem}")
+    found = find(path.path, console.progress)
+    console.progress.clear()
     if not options.dry_run:
         file.store(found.model, found.settings)
     if output.as_json:
