@@ -125,11 +125,12 @@ def test_threads_read_their_own_nodes(groups: tuple[NodeGroup, ...], type: str) 
 
 
 def test_without_placement_threads_read_from_everywhere(groups: tuple[NodeGroup, ...]) -> None:
-    # The file's pages lie on one node or another by chance, and threads run on all.
+    # The file's pages lie on one node or another by chance, threads run on all, and who is free
+    # takes the next piece of work.
     with load(small_model(), numa="off", threads=len(_core.usable_cpus())) as model:
         with model.counting_reads() as traffic:
             model.generate(PROMPT, max_tokens=16, temperature=0)
-        assert traffic.remote_share == pytest.approx(1 - 1 / len(groups), abs=0.2)
+        assert traffic.remote_share == pytest.approx(1 - 1 / len(groups), abs=0.3)
 
 
 def test_strays_are_moved_back(groups: tuple[NodeGroup, ...]) -> None:
