@@ -127,7 +127,7 @@ void check_products(const Machine& machine, Report& report) {
     if (format == Format::I32) continue;
     check_get_rows(machine, format, report);
     for (Precision precision : {Precision::exact, Precision::fast}) {
-      for (int64_t n_rows : {1, 3, 19}) {
+      for (int64_t n_rows : {1, 3, 19, 40}) {
         const Variant v = {machine, format, precision, n_rows};
         check_matmul(v, false, report);
         check_indexed(v, report);

@@ -5,6 +5,12 @@
 
 #include "base/error.h"
 
+#if defined(__x86_64__) && defined(__linux__) && !defined(MLA_AMX_EMULATED)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace mla::cpu {
 
 #if defined(__x86_64__)
@@ -15,6 +21,9 @@ namespace isa_avx512vnni {
 extern const KernelTable kernel_table;
 }
 namespace isa_avx512bf16 {
+extern const KernelTable kernel_table;
+}
+namespace isa_avx512amx {
 extern const KernelTable kernel_table;
 }
 #endif
@@ -51,6 +60,33 @@ const char* avx512bf16_lacks() {
   if (const char* missing = avx512vnni_lacks()) return missing;
   return __builtin_cpu_supports("avx512bf16") ? nullptr : "AVX512_BF16";
 }
+
+#if defined(MLA_AMX_EMULATED)
+const char* tiles_lack() { return nullptr; }
+#elif defined(__linux__)
+// Tiles are 8 KiB of state per thread, which Linux saves only for processes that asked.
+bool linux_grants_tiles() {
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;               // the component of XCR0
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+const char* tiles_lack() {
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return "AMX";
+  constexpr uint32_t kTile = uint32_t{1} << 24, kBf16 = uint32_t{1} << 22;  // bits of EDX
+  if ((d & kTile) == 0) return "AMX_TILE";
+  if ((d & kBf16) == 0) return "AMX_BF16";
+  static const bool granted = linux_grants_tiles();
+  return granted ? nullptr : "the operating system's permission for AMX";
+}
+#else
+const char* tiles_lack() { return "AMX, which is used under Linux only"; }
+#endif
+
+const char* avx512amx_lacks() {
+  const char* missing = avx512bf16_lacks();
+  return missing != nullptr ? missing : tiles_lack();
+}
 #endif
 
 const char* baseline_lacks() { return nullptr; }
@@ -58,7 +94,8 @@ const char* baseline_lacks() { return nullptr; }
 // Best first.
 constexpr auto kIsas = std::to_array<Isa>({
 #if defined(__x86_64__)
-  {&isa_avx512bf16::kernel_table, avx512bf16_lacks},
+  {&isa_avx512amx::kernel_table, avx512amx_lacks},
+      {&isa_avx512bf16::kernel_table, avx512bf16_lacks},
       {&isa_avx512vnni::kernel_table, avx512vnni_lacks}, {&isa_avx2::kernel_table, avx2_lacks},
 #endif
       {&isa_baseline::kernel_table, baseline_lacks},

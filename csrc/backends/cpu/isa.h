@@ -9,7 +9,8 @@
 
 namespace mla::cpu {
 
-// Compiled in, best first: "avx512bf16", "avx512vnni", "avx2", "baseline" (aarch64: "baseline").
+// Compiled in, best first: "avx512amx", "avx512bf16", "avx512vnni", "avx2", "baseline" (aarch64:
+// "baseline").
 std::vector<std::string_view> compiled_isas();
 // Those that this CPU and OS can run, best first.
 std::vector<std::string_view> available_isas();

@@ -52,15 +52,19 @@ struct MatmulTable {
   void (*decode)(Format, const std::byte* row, int64_t n_elems, float* out) noexcept;
 };
 
-// For many rows of x: kSlabGranule rows of w at a time are unpacked to the thread's room and meet
-// all of them. Worth it from kSlabRowsX rows of x on: up to there unpacking costs more than it
-// saves.
+// For many rows of x, in fast precision: kSlabGranule rows of w at a time are unpacked to the
+// thread's room and meet all of them. Worth it from kSlabMinRows rows of x on: up to there
+// unpacking costs more than it saves.
 inline constexpr int64_t kSlabGranule = 32;
 inline constexpr int64_t kSlabMinRows = 8;
-struct SlabTable {
-  MatmulKernel rows[kFormatCount];  // fast precision; null where there is none
-  PackRow pack;
+inline constexpr int64_t kSlabMaxRows = 512;  // rows of x in one tile of work
+struct SlabEntry {
+  MatmulKernel kernel;  // null where there is none
+  PackRow pack;         // to packed_bytes(k)
   size_t (*packed_bytes)(int64_t k) noexcept;
+};
+struct SlabTable {
+  SlabEntry rows[kFormatCount];
   size_t room_bytes;  // MatmulTile::room
 };
 

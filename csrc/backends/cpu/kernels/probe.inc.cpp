@@ -7,6 +7,9 @@
 // What comes out means nothing; it is returned so that the work cannot be dropped.
 #include "backends/cpu/kernels.h"
 #include "backends/cpu/simd/simd.h"
+#if defined(MLA_ISA_AVX512AMX)
+#include "backends/cpu/simd/amx.h"
+#endif
 
 namespace mla::cpu::MLA_ISA {
 namespace {
@@ -52,7 +55,24 @@ uint32_t multiply_int8(int64_t n_steps, uint32_t seed) noexcept {
   return run_chains(n_steps, (I32)a, [a](I32 sum) { return dot_add(sum, a, (Bytes)sum); });
 }
 
-#if defined(MLA_ISA_AVX512BF16)
+#if defined(MLA_ISA_AVX512AMX) && !defined(MLA_AMX_EMULATED)
+constexpr int64_t kStepsPerTile = 16;  // a tile's product takes about as many cycles
+uint32_t multiply_bf16(int64_t n_steps, uint32_t seed) noexcept {
+  Tiles tiles;
+  tiles.shape(16, 16);
+  tiles.zero<0>(), tiles.zero<1>(), tiles.zero<2>(), tiles.zero<3>();
+  tiles.zero<4>(), tiles.zero<5>(), tiles.zero<6>(), tiles.zero<7>();
+  for (int64_t i = 0; i < n_steps; i += kStepsPerTile) {
+    tiles.multiply<0, 4, 6>();
+    tiles.multiply<1, 4, 7>();
+    tiles.multiply<2, 5, 6>();
+    tiles.multiply<3, 5, 7>();
+  }
+  return seed;
+}
+constexpr int64_t kBf16Ops = int64_t{4} * 16 * 16 * 32 * 2 / kStepsPerTile;
+#elif defined(MLA_ISA_AVX512BF16)
+constexpr int64_t kBf16Ops = int64_t{4} * kLanes * kSums;
 uint32_t multiply_bf16(int64_t n_steps, uint32_t seed) noexcept {
   uint16_t a[2 * kLanes];
   for (uint16_t& x : a) x = static_cast<uint16_t>(0x3f80 + seed);
@@ -68,7 +88,7 @@ const ProbeTable probe_table = {
     {multiply_f32, int64_t{2} * kLanes* kSums},
     {multiply_int8, int64_t{8} * kLanes* kSums},
 #if defined(MLA_ISA_AVX512BF16)
-    {multiply_bf16, int64_t{4} * kLanes* kSums},
+    {multiply_bf16, kBf16Ops},
 #else
     {nullptr, 0},
 #endif

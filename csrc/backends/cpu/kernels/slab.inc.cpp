@@ -12,7 +12,11 @@
 #include "backends/cpu/kernels.h"
 
 #include "backends/cpu/kernels/decode_rows.inc.h"
-#include "backends/cpu/kernels/slab_unpack.inc.h"
+#include "backends/cpu/kernels/slab_blocks.inc.h"
+#include "backends/cpu/kernels/slab_rows.inc.h"
+#if defined(MLA_ISA_AVX512BF16)
+#include "backends/cpu/kernels/slab_pairs.inc.h"
+#endif
 
 namespace mla::cpu::MLA_ISA {
 namespace {
@@ -96,53 +100,12 @@ void pack_slab(const std::byte* x, Format format, int64_t stride_bytes, int64_t 
   }
 }
 
-// ---- weights ------------------------------------------------------------------------------------
+// ---- products -----------------------------------------------------------------------------------
 // Columns unpacked at a time: 64 KiB of bytes with 32 rows, a sixteenth of a second-level cache.
 inline constexpr int64_t kSlabColumns = 2048;
 
-template <class B>
-struct SlabBlock {  // 256 columns
-  static constexpr int kScales = kSlabGroups * Slab<B>::halves;
-  std::byte q[kSlabWords * kSlabVectors * sizeof(Bytes)];
-  float scale[kScales * kSlabRows];
-  float min[Slab<B>::has_min ? kScales * kSlabRows : 16];
-};
 inline constexpr size_t kSlabRoom = kSlabColumns / block::kSuper * sizeof(SlabBlock<block::Q2_K>);
 
-// What is past the end of the rows or of the matrix counts as zero.
-template <class B>
-__attribute__((noinline)) void unpack_rest(const RawRows& rows, int64_t n_rows, int64_t n_columns,
-                                           const SlabOut& out) {
-  constexpr int kBlocks = block::kSuper / kBlockElems<B>;
-  B padded[kLanes][kBlocks] = {};
-  for (int64_t r = 0; r < smaller(n_rows, kLanes); ++r) {
-    std::memcpy(padded[r], rows.p + r * rows.stride,
-                static_cast<size_t>(n_columns / kBlockElems<B>) * sizeof(B));
-  }
-  Slab<B>::unpack({reinterpret_cast<const std::byte*>(padded), sizeof padded[0]}, out);
-}
-
-// Rows [n, n + kSlabRows) of t's weight, columns [begin, begin + size).
-template <class B>
-void unpack_slab(const MatmulTile& t, int64_t n, int64_t begin, int64_t size, SlabBlock<B>* slab) {
-  const int64_t super_bytes = block::kSuper / kBlockElems<B> * static_cast<int64_t>(sizeof(B));
-  for (int v = 0; v < kSlabVectors; ++v) {
-    const int64_t row = n + v * kLanes;
-    const std::byte* p = t.w + row * t.w_row_bytes + begin / block::kSuper * super_bytes;
-    for (int64_t k = 0; k < size; k += block::kSuper, p += super_bytes) {
-      SlabBlock<B>& to = slab[k / block::kSuper];
-      const SlabOut out = {to.q + v * sizeof(Bytes), to.scale + v * kLanes, to.min + v * kLanes};
-      const RawRows rows = {p, t.w_row_bytes};
-      if (row + kLanes <= t.n_end && k + block::kSuper <= size) {
-        Slab<B>::unpack(rows, out);
-      } else {
-        unpack_rest<B>(rows, t.n_end - row, smaller(block::kSuper, size - k), out);
-      }
-    }
-  }
-}
-
-// ---- products -----------------------------------------------------------------------------------
 // Rows of x at once: with two registers of rows of w, their sums, and those of a group, fill most
 // registers. Two halves need a third set.
 template <class B>
@@ -234,20 +197,6 @@ MLA_INLINE void add_group(const SlabBlock<B>& w, const PackedSlab* const* x, int
   }
 }
 
-// y[0, n_lanes) of one register of rows.
-MLA_INLINE F32 load_lanes(const float* y, int64_t n_lanes) {
-  if (n_lanes >= kLanes) return load(y);
-  float lane[kLanes] = {};
-  for (int64_t i = 0; i < n_lanes; ++i) lane[i] = y[i];
-  return load(lane);
-}
-MLA_INLINE void store_lanes(float* y, int64_t n_lanes, F32 v) {
-  if (n_lanes >= kLanes) return store(y, v);
-  float lane[kLanes];
-  store(lane, v);
-  for (int64_t i = 0; i < n_lanes; ++i) y[i] = lane[i];
-}
-
 // Rows [n, n + n_w) of w, unpacked for columns [begin, begin + size), with rows [first, first +
 // n_x) of x. Between runs of columns the sums wait in y.
 template <class B, int n_x>
@@ -280,20 +229,6 @@ void multiply_slab(const MatmulTile& t, const SlabBlock<B>* slab, int64_t n, int
   }
 }
 
-// Calls body(first, Count<n>) for runs of n <= most rows of x.
-template <int n>
-struct RowCount {
-  static constexpr int value = n;
-};
-template <int most, class Body>
-inline void for_runs(int n_x, const Body& body) {
-  int i = 0;
-  for (; i + most <= n_x; i += most) body(i, RowCount<most>{});
-  if constexpr (most > 1) {
-    if (i < n_x) for_runs<most - 1>(n_x - i, [&](int j, auto count) { body(i + j, count); });
-  }
-}
-
 template <class B>
 void matmul_slab(const MatmulTile& t) noexcept {
   auto* slab = reinterpret_cast<SlabBlock<B>*>(t.room);
@@ -317,19 +252,31 @@ void matmul_slab(const MatmulTile& t) noexcept {
   }
 }
 
+#if defined(MLA_ISA_AVX512AMX)
+#define MLA_SLAB_FLOAT(name) {matmul_pairs<Format::name>, pack_bf16, pair_bytes},
+#define MLA_SLAB_BLOCKS(name) {matmul_pairs<Format::name>, pack_bf16, pair_bytes},
+constexpr size_t kRoom = kPairsRoom;
+#elif defined(MLA_ISA_AVX512BF16)
+#define MLA_SLAB_FLOAT(name) {matmul_pairs<Format::name>, pack_bf16, pair_bytes},
+#define MLA_SLAB_BLOCKS(name) {matmul_slab<block::name>, pack_slab, slab_bytes},
+constexpr size_t kRoom = kPairsRoom > kSlabRoom ? kPairsRoom : kSlabRoom;
+#else
+#define MLA_SLAB_FLOAT(name) {nullptr, nullptr, nullptr},
+#define MLA_SLAB_BLOCKS(name) {matmul_slab<block::name>, pack_slab, slab_bytes},
+constexpr size_t kRoom = kSlabRoom;
+#endif
+
 }  // namespace
 
 extern const SlabTable slab_table;
 const SlabTable slab_table = {
     {
-#define MLA_FLOAT(name, gguf, elems, bytes) nullptr,
-#define MLA_FORMAT(name, gguf, elems, bytes) matmul_slab<block::name>,
+#define MLA_FLOAT(name, gguf, elems, bytes) MLA_SLAB_FLOAT(name)
+#define MLA_FORMAT(name, gguf, elems, bytes) MLA_SLAB_BLOCKS(name)
 #include "quant/formats.def"
-        nullptr,
+        {nullptr, nullptr, nullptr},
     },
-    pack_slab,
-    slab_bytes,
-    kSlabRoom,
+    kRoom,
 };
 
 }  // namespace mla::cpu::MLA_ISA

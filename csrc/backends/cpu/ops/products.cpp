@@ -40,11 +40,11 @@ WeightReader WeightReader::plan(const Layout& w, const MatmulAttrs& attrs,
   const MatmulTable& table = *kernels.matmul;
   const bool exact = attrs.precision == Precision::exact;
   const Format format = r.reading == Reading::gathered ? Format::F32 : w.format;
-  const MatmulKernel slab = kernels.slab->rows[static_cast<size_t>(format)];
-  if (r.reading == Reading::rows && !exact && n_rows >= kSlabMinRows && slab != nullptr) {
-    r.kernel = slab;
-    r.pack = kernels.slab->pack;
-    r.packed_row_bytes = static_cast<int64_t>(kernels.slab->packed_bytes(r.k));
+  const SlabEntry& slab = kernels.slab->rows[static_cast<size_t>(format)];
+  if (r.reading == Reading::rows && !exact && n_rows >= kSlabMinRows && slab.kernel != nullptr) {
+    r.kernel = slab.kernel;
+    r.pack = slab.pack;
+    r.packed_row_bytes = static_cast<int64_t>(slab.packed_bytes(r.k));
     r.many_rows = true;
     r.granule = kSlabGranule;
     r.room_bytes = static_cast<int64_t>(kernels.slab->room_bytes);

@@ -13,7 +13,7 @@
 namespace mla::cpu {
 
 // Rows of x per tile: each row of w is read once for all of them, and a slab of w unpacked once.
-inline constexpr int64_t kMaxTileRows = 512;
+inline constexpr int64_t kMaxTileRows = kSlabMaxRows;
 
 // How the kernels read one matrix w [N, K] (transposed: [K, N]).
 enum class Reading : uint8_t {

@@ -1,6 +1,7 @@
 // The vector types of the ISA this file is compiled for. The build defines exactly one of
-// MLA_ISA_BASELINE, MLA_ISA_AVX2, MLA_ISA_AVX512VNNI, MLA_ISA_AVX512BF16, and MLA_ISA as the
-// namespace name. Everything is in an anonymous namespace: no ISA's code may be linked for another.
+// MLA_ISA_BASELINE, MLA_ISA_AVX2, MLA_ISA_AVX512VNNI, MLA_ISA_AVX512BF16 (and with it perhaps
+// MLA_ISA_AVX512AMX, see amx.h), and MLA_ISA as the namespace name. Everything is in an anonymous
+// namespace: no ISA's code may be linked for another.
 //
 // F32 (kLanes floats, a GCC vector: + - * / work on it; a * b + c contracts to one FMA):
 //   load(const float*) store(float*, F32) set1(float) zero() load_f16(const uint16_t*)
