@@ -36,7 +36,8 @@ _SHORT_PROMPT: Final = 128
 _SHORT_ANSWER: Final = 8
 _REPEATS: Final = 3
 _BATCHES: Final = (512, 1024, 2048, 4096)
-#: A longer pass takes more memory, and another cache type other numbers: they must gain this much.
+#: Other threads than one per core, longer passes, which take more memory, and another cache type,
+#: which has other numbers, must gain this much.
 _GAIN: Final = 1.02
 _CACHE_GAIN: Final = 1.05
 _BASE_CACHE: Final = "f16"
@@ -162,7 +163,9 @@ class Search:
             prefill = prompt / contestants[n].prefill(prompt, prompt)
             taken[n].append((prefill, answer / contestants[n].decode(answer, prompt)))
         rates = {n: _medians(pairs) for n, pairs in taken.items() if pairs}
-        best = max(rates, key=lambda n: math.sqrt(rates[n][0] * rates[n][1]))
+        scores = {n: math.sqrt(prefill * decode) for n, (prefill, decode) in rates.items()}
+        usual = next((n for n in scores if n == _core.usable_physical_cores()), None)
+        best = max(scores, key=lambda n: scores[n] * (_GAIN if n == usual else 1.0))
         for n, (prefill, decode) in rates.items():
             value = "by node" if n is None else str(n)
             self.trials.append(Trial("threads", value, prefill, decode, prompt, n == best))

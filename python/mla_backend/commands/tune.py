@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -14,6 +15,9 @@ from .options import ConsoleOptions, JsonOptions, ModelPath
 
 if TYPE_CHECKING:
     from ..tuning import Trial, Tuning
+
+
+_BUSY_LOAD: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ def tune(
     from ..tuning import tune as find
 
     console = Console(console_options, as_json=output.as_json)
+    if (load := os.getloadavg()[0]) > _BUSY_LOAD:
+        console.note(f"note: load average {load:.1f}: other work makes rates lower and less sure")
     file = TunedFile()
     if file.path is None and not options.dry_run:
         raise UsageError(f"{file.problem}, or use --dry-run")
