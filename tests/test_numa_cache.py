@@ -14,7 +14,7 @@ from mla_backend.cache import BLOCK_CELLS, LatentCache
 from mla_backend.cache_nodes import FreeBlocks, split_blocks
 from mla_backend.errors import DeviceError
 from mla_backend.memory import active_weight_bytes
-from mla_backend.numa import NodeGroup, NumaPlan
+from mla_backend.numa import MemoryShare, NodeGroup, NumaPlan
 from mla_backend.weights import declare
 from small_models import small_model
 
@@ -130,6 +130,27 @@ def test_cells_lie_where_the_plan_says() -> None:
         assert part.begin % PAGE == part.end % PAGE == 0
         pages = _core.pages_by_node(part.memory, part.begin, part.end - part.begin)
         assert list(pages) == list(part.nodes)
+
+
+def test_cells_follow_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Model.load(small_model("tiny-v2"), n_ctx=64, device="cpu") as loaded:
+        config = loaded.config
+    node = first_node()[0]
+    shares = [MemoryShare((node,), 3), MemoryShare((node,), 1, spare=(node + 1,))]
+    asked: list[str] = []
+
+    def refuse(memory: object, nodes: object, begin: int, n_bytes: int, policy: str) -> str:
+        asked.append(policy)
+        return "memory cannot be bound"
+
+    monkeypatch.setattr(_core, "bind_memory", refuse)
+    cache = LatentCache(config, 64 * BLOCK_CELLS, backend=backend_on(1, 1), shares=shares)
+    sizes = [part.end - part.begin for part in cache.memory.parts[:2]]
+    assert sizes[0] == pytest.approx(3 * sizes[1], rel=0.1)
+    assert [part.nodes for part in cache.memory.parts[:2]] == [(node,), (node, node + 1)]
+    # They are touched later, when a node may be full: nothing that ends the process then.
+    assert set(asked) == {"prefer"}
+    assert cache.memory.refusals == ["memory cannot be bound"]
 
 
 # ---- models --------------------------------------------------------------------------------------

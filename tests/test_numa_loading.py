@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mla_backend import Model, _core, model, node_loading
+from mla_backend import Model, _core, model, node_loading, planning
+from mla_backend.config import config_from_gguf
 from mla_backend.errors import DeviceError, MemoryLimitError, UsageError
+from mla_backend.gguf import read_gguf
+from mla_backend.loading import LoadOptions
 from mla_backend.numa import NodeGroup, NumaPlan
+from mla_backend.placement import PlacementOptions
+from mla_backend.threads import Defaults
+from mla_backend.weights import check as check_weights
+from mla_backend.weights import declare
 from small_models import small_model
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
@@ -175,7 +182,89 @@ def test_too_little_memory(made_up: MakeUp) -> None:
         Model.load(path, n_ctx=64, numa="shard", device="cpu")
     with Model.load(path, n_ctx=64, device="cpu") as loaded:
         assert loaded.numa.mode == "off"
-        assert any("they are mapped, not placed" in note for note in loaded.notes)
+        assert any("weights are not placed" in note for note in loaded.notes)
+
+
+def test_cache_and_workspace_count(made_up: MakeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that fit as copies, but not beside the rest, stay mapped unless they must not."""
+    path = small_model("tiny-v2", "f32", n_expert=96)
+    made_up(1, 1)
+    weights = path.stat().st_size
+    with Model.load(path, n_ctx=4096, n_batch=512, device="cpu") as loaded:
+        cache, workspace = loaded.memory.cache_bytes, loaded.memory.workspace_bytes
+        assert loaded.numa.mode == "shard"
+    assert cache + workspace < weights
+    for room in (weights + cache // 2, weights + cache + workspace // 2):
+        monkeypatch.setattr(_core, "available_memory_bytes", lambda room=room: room)
+        with Model.load(path, n_ctx=4096, n_batch=512, device="cpu") as loaded:
+            assert loaded.numa.mode == "off"
+            assert loaded.memory.weights_copied_bytes < weights // 2
+            assert sum("weights are not placed" in note for note in loaded.notes) == 1
+        with pytest.raises(MemoryLimitError):
+            Model.load(path, n_ctx=4096, n_batch=512, numa="shard", device="cpu")
+
+
+def test_more_workspace_than_was_thought(made_up: MakeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = small_model("tiny-v2", "f32", n_expert=96)
+    made_up(1, 1)
+    weights = path.stat().st_size
+    monkeypatch.setattr(_core, "available_memory_bytes", lambda: 4 * weights)
+    monkeypatch.setattr(planning, "planned_bytes", lambda *_, **__: (7 * weights // 2, 0))
+    with Model.load(path, n_ctx=64, threads=2, device="cpu") as loaded:
+        assert loaded.numa.mode == "off"
+        assert "copied weights" in loaded.notes[-1]
+    with pytest.raises(MemoryLimitError, match="copied weights"):
+        Model.load(path, n_ctx=64, numa="shard", device="cpu")
+
+
+class Gpu:
+    """One that is not there, with room."""
+
+    name = "cuda:0"
+
+    def free_bytes(self) -> int:
+        return 1 << 40
+
+
+def plan_with_gpu(
+    path: Path,
+    wishes: PlacementOptions,
+    *,
+    free_bytes: int,
+    must_place: bool = True,
+    **options: Any,
+) -> planning.LoadPlan:
+    file = read_gguf(path)
+    config = config_from_gguf(file)
+    groups = [NodeGroup(first_node(), (), (0,), 1, free_bytes, 0) for _ in range(2)]
+    gpu: Any = Gpu()
+    return planning.LoadPlan(
+        file,
+        config,
+        check_weights(config, file),
+        "f16",
+        64,
+        None,
+        LoadOptions(**options),
+        gpus=[gpu],
+        wishes=wishes,
+        n_batch=1,
+        numa=NumaPlan("shard", tuple(groups)),
+        must_place=must_place,
+        choose_defaults=lambda nodes: Defaults(1, None, ""),
+    )
+
+
+def test_what_goes_to_gpus_needs_no_room_on_nodes() -> None:
+    path = small_model("tiny-v2", "f32", n_expert=96)
+    room = (32 << 20) + (1 << 20)  # of which a part is left alone
+    everything = plan_with_gpu(path, PlacementOptions(), free_bytes=room)
+    assert (everything.numa.mode, everything.placed_bytes) == ("shard", 0)
+    with pytest.raises(MemoryLimitError):
+        plan_with_gpu(path, PlacementOptions(cpu_moe=True), free_bytes=room)
+    # Read instead of mapped, all of it is host memory first.
+    with pytest.raises(MemoryLimitError):
+        plan_with_gpu(path, PlacementOptions(), free_bytes=room, mmap=False)
 
 
 def test_wrong_values() -> None:
@@ -187,10 +276,6 @@ def test_wrong_values() -> None:
 
 def test_parts_are_whole() -> None:
     """Every row belongs to one part, heads are not cut, and expert rows are multiples of 16."""
-    from mla_backend.config import config_from_gguf
-    from mla_backend.gguf import read_gguf
-    from mla_backend.weights import declare
-
     config = config_from_gguf(read_gguf(small_model("tiny-v3")))
     for spec in declare(config):
         split = node_loading.split_tensor(spec.role, spec.shape, [5, 3, 1], config)

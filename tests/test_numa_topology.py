@@ -11,7 +11,8 @@ import pytest
 from machines import GIB_KB, Node, make_machine, sockets
 from mla_backend import _core
 from mla_backend.errors import MemoryLimitError, UsageError
-from mla_backend.numa import NodeGroup, NumaPlan, group_nodes, plan_numa, settle
+from mla_backend.numa import NodeGroup, NumaPlan, group_nodes, plan_numa
+from mla_backend.settling import Demand, settle
 
 GIB = 1 << 30
 
@@ -205,6 +206,41 @@ def test_choices_that_cannot_be(tmp_path: Path) -> None:
         plan_numa("mirror", root=root)  # type: ignore[arg-type]
 
 
+def far_apart(tmp_path: Path, n: int) -> str:
+    """Nodes of one core each, pairs of them at 20, all others at 40."""
+    nodes = [
+        Node(
+            i,
+            [(i, i, i, i)],
+            distance=[10 if i == j else 20 if i // 2 == j // 2 else 40 for j in range(n)],
+        )
+        for i in range(n)
+    ]
+    return make_machine(tmp_path, nodes)
+
+
+def test_no_more_groups_than_parts(tmp_path: Path) -> None:
+    root = far_apart(tmp_path, 64)
+    plan = plan_numa("auto", root=root)
+    assert nodes_of(plan.groups) == [(i, i + 1) for i in range(0, 64, 2)]
+    assert plan.mode == "shard"
+    assert "no more than 32 groups" in plan.notes[0]
+    every = "/".join(str(i) for i in range(64))
+    with pytest.raises(UsageError, match="64 groups; accepted are 32"):
+        plan_numa("shard", every, root=root)
+    few = plan_numa("auto", "0-31", root=root)
+    assert (len(few.groups), few.notes) == (32, ())
+
+
+def test_ranges_are_checked_before_they_are_built(tmp_path: Path) -> None:
+    root = far_apart(tmp_path, 2)
+    with pytest.raises(UsageError, match="no node 999999999; here are 0-1"):
+        plan_numa("shard", "0-999999999", root=root)
+    for choice in ("0-99999999999", "9" * 5000):
+        with pytest.raises(UsageError, match="accepted are nodes as in 0-3,8"):
+            plan_numa("shard", choice, root=root)
+
+
 # ---- what each group keeps -----------------------------------------------------------------------
 
 
@@ -219,14 +255,34 @@ def shard(groups: Sequence[NodeGroup]) -> NumaPlan:
 
 
 def test_shares_by_cores(tmp_path: Path) -> None:
-    plan = settle(shard(uneven(tmp_path, [8, 8])), 10 * GIB, required=True)
+    plan = settle(shard(uneven(tmp_path, [8, 8])), Demand(10 * GIB), required=True)
     assert (plan.weights, plan.notes, plan.uses_spare) == ((2, 2), (), False)
 
 
 def test_shares_by_free_memory_where_cores_do_not_fit(tmp_path: Path) -> None:
-    plan = settle(shard(uneven(tmp_path, [12, 4])), 12 * GIB, required=True)
+    plan = settle(shard(uneven(tmp_path, [12, 4])), Demand(12 * GIB), required=True)
     assert plan.weights[0] / plan.weights[1] == pytest.approx(3, rel=0.01)
     assert "node 0 75 %, node 1 25 %" in plan.notes[0]
+
+
+def test_cache_and_workspace_want_room_too(tmp_path: Path) -> None:
+    plan = shard(uneven(tmp_path, [8, 8]))
+    assert settle(plan, Demand(10 * GIB, 2 * GIB, 2 * GIB), required=True).weights == (2, 2)
+    for demand in (Demand(10 * GIB, 6 * GIB), Demand(10 * GIB, 0, 6 * GIB)):
+        with pytest.raises(MemoryLimitError, match=r"10\.00 GiB of weights, .* of workspace do"):
+            settle(plan, demand, required=True)
+        assert settle(plan, demand, required=False).mode == "off"
+    # A node that has room for its weights, and for no more.
+    plan = shard(uneven(tmp_path / "uneven", [12, 5.5]))
+    assert settle(plan, Demand(10 * GIB), required=True).weights == (2, 2)
+    tight = settle(plan, Demand(10 * GIB, 4 * GIB), required=True)
+    assert tight.weights[0] > 2 * tight.weights[1]
+
+
+def test_hardly_any_room(tmp_path: Path) -> None:
+    plan = shard(uneven(tmp_path, [33 / 1024, 32.5 / 1024]))
+    weights = settle(plan, Demand(5 << 18), required=True).weights
+    assert weights[0] > weights[1] > 0
 
 
 def test_spare_memory_is_used_last(tmp_path: Path) -> None:
@@ -235,8 +291,8 @@ def test_spare_memory_is_used_last(tmp_path: Path) -> None:
         Node(1, free_kb=16 * GIB_KB, distance=[17, 10]),
     ]
     plan = shard(group_nodes(_core.read_topology(make_machine(tmp_path, nodes))))
-    assert not settle(plan, 3 * GIB, required=True).uses_spare
-    more = settle(plan, 12 * GIB, required=True)
+    assert not settle(plan, Demand(3 * GIB), required=True).uses_spare
+    more = settle(plan, Demand(12 * GIB), required=True)
     assert more.uses_spare
     assert "without CPUs" in more.notes[0]
 
@@ -245,8 +301,8 @@ def test_what_fits_nowhere_names_every_node(tmp_path: Path) -> None:
     plan = shard(uneven(tmp_path, [2, 1]))
     text = r"node 0 2.00 GiB free; node 1 1.00 GiB free"
     with pytest.raises(MemoryLimitError, match=text):
-        settle(plan, 3 * GIB, required=True)
-    mapped = settle(plan, 3 * GIB, required=False)
+        settle(plan, Demand(3 * GIB), required=True)
+    mapped = settle(plan, Demand(3 * GIB), required=False)
     assert mapped.mode == "off"
     assert re.search(text, mapped.notes[0])
 
@@ -254,4 +310,4 @@ def test_what_fits_nowhere_names_every_node(tmp_path: Path) -> None:
 def test_limits_of_the_process_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_core, "available_memory_bytes", lambda: 2 * GIB)
     with pytest.raises(MemoryLimitError, match=r"2\.00 GiB available to this process"):
-        settle(shard(uneven(tmp_path, [8, 8])), 3 * GIB, required=True)
+        settle(shard(uneven(tmp_path, [8, 8])), Demand(3 * GIB), required=True)

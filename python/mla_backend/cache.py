@@ -21,6 +21,7 @@ from mla_backend.cache_nodes import FreeBlocks, split_blocks
 from mla_backend.config import ModelConfig
 from mla_backend.errors import ContextError, ShapeError, UsageError
 from mla_backend.models.inputs import CacheLayout
+from mla_backend.numa import MemoryShare
 
 __all__ = [
     "BLOCK_CELLS",
@@ -91,8 +92,12 @@ class LatentCache:
         max_sequences: int = 64,
         kv_file: Path | None = None,
         devices: Mapping[int, _core.Backend] | None = None,
+        shares: Rows[MemoryShare] | None = None,
     ) -> None:
-        """``devices``: see CacheMemory."""
+        """``devices``: see CacheMemory. ``shares``: what each of the backend's nodes keeps.
+
+        None: as it computes.
+        """
         if n_ctx < 1:
             raise UsageError(f"n_ctx {n_ctx}; accepted is 1 or more")
         self.cache_type = cache_type
@@ -104,8 +109,8 @@ class LatentCache:
         self.total_bytes = cache_bytes(config, cache_type, n_ctx)
         self._cell_bytes = sum(row_bytes(config, cache_type))  # in one layer
         self._config = config
-        shares = [] if kv_file is not None else backend.nodes
-        weights = [share.weight if share.cpus else 0 for share in shares] or [1]
+        shares = _shares(backend, shares) if kv_file is None else [MemoryShare((), 1)]
+        weights = [share.weight for share in shares]
         begins = split_blocks(self.n_blocks, weights, BLOCK_CELLS * self._cell_bytes)
         self.memory = CacheMemory(
             config,
@@ -114,6 +119,7 @@ class LatentCache:
             backend,
             devices or {},
             kv_file,
+            shares,
         )
         self.layout = CacheLayout(self.memory.layers, BLOCK_CELLS, self.n_blocks)
         self._users = [0] * self.n_blocks
@@ -310,3 +316,13 @@ class LatentCache:
 
     def _write_table(self, sequence: CacheSequence) -> None:
         self.block_table[sequence.row, : len(sequence.blocks)] = sequence.blocks
+
+
+def _shares(backend: _core.CpuBackend, planned: Rows[MemoryShare] | None) -> Rows[MemoryShare]:
+    """A share for each node that the backend computes on."""
+    nodes = backend.nodes
+    if len(nodes) < 2:
+        return [MemoryShare((), 1)]
+    if planned is not None:
+        return planned
+    return [MemoryShare(tuple(n.nodes), n.weight if n.cpus else 0) for n in nodes]

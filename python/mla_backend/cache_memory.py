@@ -6,6 +6,7 @@ computed.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from mla_backend.errors import DeviceError, MemoryLimitError, UsageError
 from mla_backend.loading import Part
 from mla_backend.models.inputs import CachePlanes
 from mla_backend.models.rope import rope_frequencies
+from mla_backend.numa import MemoryShare
 
 CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0")
 #: The rope part turns with every shift; it stays in 16 bits where the latent goes to 8.
@@ -80,13 +82,15 @@ class CacheMemory:
         backend: _core.CpuBackend,
         devices: Mapping[int, _core.Backend],
         kv_file: Path | None,
+        shares: Sequence[MemoryShare],
     ) -> None:
         """What is to lie where.
 
         Args:
-            begins: where the cells of each of the backend's nodes begin, and their number at the
-                end. One node, and cells lie where they are first touched.
+            begins: where the cells of each share begin, and their number at the end. One share,
+                and cells lie where they are first touched.
             devices: where layers lie that do not lie in host memory (or in ``kv_file``).
+            shares: on which nodes the cells of each lie.
         """
         self._backend = backend
         self._frequencies = rope_frequencies(config)
@@ -100,8 +104,9 @@ class CacheMemory:
         layer_step = -(-layer_bytes // page) * page  # so that no page has cells of two layers
         n_bytes = n_host * layer_step
         host = _pages(n_bytes) if on_nodes else allocate(n_bytes, kv_file)
-        #: What lies on which nodes.
+        #: What lies on which nodes, and why the system refused to see to it.
         self.parts: list[Part] = []
+        self.refusals: list[str] = []
         # A file's pages are shared with forked children, which must not write there.
         self._only_pid = None if kv_file is None else os.getpid()
         self._layers: list[_LayerCells] = []
@@ -112,7 +117,7 @@ class CacheMemory:
                 part = host[begin : begin + layer_bytes]
                 if on_nodes:
                     bounds = [begin + cell * sum(widths) for cell in begins]
-                    self.parts += _bind(host, bounds, backend.nodes)
+                    self._bind(host, bounds, shares)
                 begin += layer_step
                 self._layers.append(_HostCells(config, cache_type, part, begins))
             else:
@@ -138,6 +143,27 @@ class CacheMemory:
         """Turn the roped keys of these cells by ``delta`` positions, in all layers."""
         for layer in self._layers:
             layer.rotate(cells, self._frequencies, delta, self._backend)
+
+    def _bind(self, memory: Bytes, bounds: Sequence[int], shares: Sequence[MemoryShare]) -> None:
+        """Give bytes [bounds[i], bounds[i + 1]) to the nodes of a share, before they are touched.
+
+        Cells are touched while text is generated, when other memory may have taken the room that
+        was planned with: a full node sends them elsewhere, where a binding would end the process.
+        Pages that two parts share are the later one's, and are counted with neither.
+        """
+        page = _core.page_bytes()
+        for share, (begin, end) in zip(shares, itertools.pairwise(bounds), strict=True):
+            if begin == end or not share.nodes:
+                continue
+            policy = "interleave" if len(share.nodes) > 1 else "prefer"
+            refusal = _core.bind_memory(memory, share.nodes, begin, end - begin, policy)
+            if refusal and refusal not in self.refusals:
+                self.refusals.append(refusal)
+            first, last = -(-begin // page) * page, end // page * page
+            if first < last:
+                label = f"cache of node {', '.join(map(str, share.nodes))}"
+                nodes = (*share.nodes, *share.spare)
+                self.parts.append(Part(label, nodes, memory, first, last))
 
     def check_process(self) -> None:
         """Raise DeviceError in a forked child where the cells are a file of the parent's."""
@@ -230,25 +256,6 @@ class _DeviceCells:
 
 def _plane_formats(cache_type: str) -> tuple[formats.Format, formats.Format]:
     return formats.by_name(cache_type), formats.by_name(_ROPE_TYPE[cache_type])
-
-
-def _bind(memory: Bytes, bounds: Sequence[int], shares: Sequence[_core.NodeShare]) -> list[Part]:
-    """Give bytes [bounds[i], bounds[i + 1]) to the nodes of each share, before they are touched.
-
-    Pages that two parts share are the later one's, and are counted with neither.
-    """
-    page = _core.page_bytes()
-    parts = []
-    for share, begin, end in zip(shares, bounds, bounds[1:], strict=False):
-        if begin == end or not share.nodes:
-            continue
-        policy = "interleave" if len(share.nodes) > 1 else "bind"
-        _core.bind_memory(memory, share.nodes, begin, end - begin, policy)
-        first, last = -(-begin // page) * page, end // page * page
-        if first < last:
-            label = f"cache of node {', '.join(map(str, share.nodes))}"
-            parts.append(Part(label, tuple(share.nodes), memory, first, last))
-    return parts
 
 
 def _pages(n_bytes: int) -> Bytes:

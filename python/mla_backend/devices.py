@@ -81,16 +81,22 @@ def open_devices(cpu: _core.CpuBackend, device: str) -> tuple[Devices, str | Non
     Raises:
         UsageError: no such device. DeviceError: it cannot be used.
     """
+    cuda, note = open_gpus(device)
+    return Devices(cpu, cuda), note
+
+
+def open_gpus(device: str) -> tuple[tuple[_core.Backend, ...], str | None]:
+    """The devices of ``open_devices`` without the CPU."""
     check_name(device)
     if device == "cpu":
-        return Devices(cpu), None
+        return (), None
     if device == "auto":
-        return _usable_devices(cpu)
+        return _usable_gpus()
     if problem := cuda_problem():
         raise DeviceError(f"device {device!r}: {problem}")
     _, _, number = device.partition(":")
     numbers = [int(number)] if number else range(_module().device_count())
-    return Devices(cpu, tuple(open_cuda(i) for i in numbers)), None
+    return tuple(open_cuda(i) for i in numbers), None
 
 
 def open_cuda(number: int, *, record: bool = True) -> _core.Backend:
@@ -144,15 +150,15 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
     return ahead or (compiled[0] == capability[0] and compiled[1] <= capability[1])
 
 
-def _usable_devices(cpu: _core.CpuBackend) -> tuple[Devices, str | None]:
+def _usable_gpus() -> tuple[tuple[_core.Backend, ...], str | None]:
     """Those that can be used, and why the others cannot."""
     if problem := cuda_problem():
         idle = _NVIDIA.exists()
-        return Devices(cpu), f"the GPU is not used: {problem}" if idle else None
+        return (), f"the GPU is not used: {problem}" if idle else None
     problems = {i: device_problem(i) for i in range(_module().device_count())}
     usable = tuple(open_cuda(i) for i, problem in problems.items() if not problem)
     notes = [f"cuda:{i} is not used: {problem}" for i, problem in problems.items() if problem]
-    return Devices(cpu, usable), "; ".join(notes) or None
+    return usable, "; ".join(notes) or None
 
 
 def _module() -> Any:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from operator import index
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ from mla_backend.attention_mode import MODES, AttentionMode
 from mla_backend.cache import CACHE_TYPES, LatentCache, cache_bytes
 from mla_backend.chat import ChatTemplate, encode_chat
 from mla_backend.config import ModelConfig, config_from_gguf
-from mla_backend.devices import Devices, check_name, open_devices
+from mla_backend.devices import Devices, check_name, open_gpus
 from mla_backend.errors import UsageError
 from mla_backend.generator import (
     Chunk,
@@ -32,7 +33,7 @@ from mla_backend.locks import CallLock
 from mla_backend.memory import MemoryReport, check_memory, report_memory
 from mla_backend.models.inputs import Observer
 from mla_backend.node_loading import load_on_nodes
-from mla_backend.numa import NumaMode, NumaPlan, plan_numa, settle
+from mla_backend.numa import NumaMode, NumaPlan, plan_numa
 from mla_backend.placement import CPU, Placement, PlacementOptions
 from mla_backend.planning import LoadPlan
 from mla_backend.residency import PlacementReport, placement_notes, placement_report
@@ -127,8 +128,9 @@ class Model:
             gpu_layers, cpu_moe, override_tensor, tensor_split: what goes where, see
                 PlacementOptions; unset: as many layers as fit on the GPUs, experts last.
             tuned: use what was found out about this machine before, see ``TunedFile``.
-            on_progress: called as (phase, done, total): "load" in bytes, before it "load node 0"
-                where several nodes load side by side; "prefill" in tokens.
+            on_progress: called as (phase, done, total), in bytes: "load"; before it "load node 0"
+                ("load nodes 0-3") where several groups of nodes load side by side; "upload", for
+                devices.
 
         Raises:
             ModelError: the file is damaged, incomplete, or no model this engine runs.
@@ -148,10 +150,8 @@ class Model:
         file = read_gguf(path)
         config = config_from_gguf(file)
         infos = check_weights(config, file)
-        nodes = _plan_nodes(numa, numa_nodes, infos)
-        defaults = choose_defaults(config, infos, nodes, threads=threads, tuned=tuned)
-        backend = _core.CpuBackend(_make_pool(defaults.threads, nodes), isa or "")
-        devices, idle = open_devices(backend, device)
+        nodes = plan_numa(numa, numa_nodes)
+        gpus, idle = open_gpus(device)
         wishes = PlacementOptions(gpu_layers, cpu_moe, override_tensor, tensor_split)
         plan = LoadPlan(
             file,
@@ -161,14 +161,16 @@ class Model:
             n_ctx,
             kv_file,
             LoadOptions(mmap=mmap, mlock=mlock, threads=threads or 4),
-            devices=devices,
+            gpus=gpus,
             wishes=wishes,
             n_batch=n_batch,
             numa=nodes,
-            defaults=defaults,
+            must_place=numa != "auto",
+            choose_defaults=partial(choose_defaults, config, infos, threads=threads, tuned=tuned),
         )
         plan.notes += [idle] if idle else []
-        weights = _load(plan, backend, precision, on_progress)
+        devices = Devices(plan.make_backend(isa, precision), gpus)
+        weights = _load(plan, on_progress)
         engine = _make_engine(plan, weights, devices, precision, attention, on_progress)
         model = cls(plan, engine, devices)
         if plan.weights_fit and not plan.placement.uses_devices:
@@ -203,6 +205,8 @@ class Model:
         self._fingerprint = _fingerprint(plan.file, plan.infos, engine.weights)
         self._calls = CallLock(_BUSY)
         cache = self._new_cache(self.n_ctx, plan.kv_file)
+        refused = (f"numa: {refusal}" for refusal in cache.memory.refusals)
+        self.notes += [note for note in refused if note not in self.notes]
         runner = Runner(engine, cache)
         runner.prepare(self._n_batch)
         runner.prepare(1)
@@ -464,6 +468,7 @@ class Model:
                 for layer, name in enumerate(self._placement.layers)
                 if name != CPU
             },
+            shares=self._numa.memory,
         )
 
     def _new_session(
@@ -498,26 +503,8 @@ class Model:
         self.close()
 
 
-def _plan_nodes(numa: NumaMode, choice: str | None, infos: Mapping[str, TensorInfo]) -> NumaPlan:
-    """Which nodes are used and how, if the weights have room there."""
-    n_bytes = sum(info.n_bytes for info in infos.values())
-    return settle(plan_numa(numa, choice), n_bytes, required=numa != "auto")
-
-
-def _make_pool(threads: int | None, nodes: NumaPlan) -> _core.ThreadPool:
-    """Threads next to the weights, or where the process may run."""
-    if not nodes.confines_threads:
-        return _core.ThreadPool(threads or 0)
-    n_cores = min(sum(group.n_cores for group in nodes.groups), _core.usable_physical_cores())
-    return _core.ThreadPool(threads or n_cores, nodes=nodes.shares)
-
-
-def _load(
-    plan: LoadPlan, backend: _core.CpuBackend, precision: str, on_progress: Progress | None
-) -> Weights:
+def _load(plan: LoadPlan, on_progress: Progress | None) -> Weights:
     """Weights in memory, on their nodes where the plan has it so."""
-    if plan.placed_bytes or not plan.options.mmap:  # long: what it would end in is known before
-        plan.check_memory(backend, precision)
     if not plan.placed_bytes:
         return load_weights(plan.file, plan.infos, plan.options, on_progress)
     weights = load_on_nodes(

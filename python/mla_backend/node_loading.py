@@ -97,10 +97,10 @@ class _Placer:
     def __init__(self, file: GGUFFile, plan: NumaPlan, config: ModelConfig) -> None:
         self._file, self._plan, self._config = file, plan, config
         self._blocks = [
-            _Block(f"weights of {group.label}", group.nodes, group.spare if plan.uses_spare else ())
-            for group in plan.groups
+            _Block(f"weights of {group.label}", share.nodes, share.spare)
+            for group, share in zip(plan.groups, plan.memory, strict=True)
         ]
-        spare = tuple(n for g in plan.groups for n in g.spare) if plan.uses_spare else ()
+        spare = tuple(node for share in plan.memory for node in share.spare)
         self._common = _Block("weights on all nodes", plan.nodes, spare)
         self._places: dict[str, tuple[Split | None, list[int]]] = {}
         self._infos: dict[str, TensorInfo] = {}

@@ -11,26 +11,24 @@ memory is used in turns, page by page. Two sockets are two groups, whatever the 
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from mla_backend import _core
-from mla_backend.errors import MemoryLimitError, UsageError
+from mla_backend.errors import UsageError
 
 NumaMode = Literal["auto", "shard", "interleave", "off"]
 MODES: Final = get_args(NumaMode)
 
 #: Distances are 10 to the node itself, 11 or 12 within a socket, 20 to 32 between sockets.
 _SAME_GROUP: Final = 15
-#: Part of a node's free memory that is left alone, for stacks and page tables; at least so much.
-_RESERVE: Final = 0.02
-_RESERVE_BYTES: Final = 32 << 20
-#: Part of the available memory that placed weights may take where mapped ones would do.
-_COMFORTABLE: Final = 0.9
+#: Parts that the engine keeps (``kMaxNodes``).
+_MOST_GROUPS: Final = 32
 _GIB: Final = 1 << 30
-_NUMBERS: Final = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+_NUMBERS: Final = re.compile(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*")
 _LEFT_ALONE: Final = ("preferred", "preferred-many", "interleave", "weighted-interleave")
 
 
@@ -44,6 +42,7 @@ class NodeGroup:
         cpus: one of each core first, then the cores' other hardware threads.
         n_cores: physical cores: its share of the weights where memory allows.
         free_bytes, spare_bytes: free memory of ``nodes`` and of ``spare``.
+        is_merged: whether nodes that are far from each other had to share it.
     """
 
     nodes: tuple[int, ...]
@@ -52,19 +51,34 @@ class NodeGroup:
     n_cores: int
     free_bytes: int
     spare_bytes: int
+    is_merged: bool = False
 
     @property
     def label(self) -> str:
         """``node 0`` or ``nodes 0-3``."""
-        return _label(self.nodes)
+        return label_nodes(self.nodes)
 
     @property
     def text(self) -> str:
         """The group in one line."""
         if not self.nodes:
             return f"all memory, {self.n_cores} cores"
-        spare = f", and the memory of {_label(self.spare)}" if self.spare else ""
+        spare = f", and the memory of {label_nodes(self.spare)}" if self.spare else ""
         return f"{self.label}: {self.n_cores} cores, {self.free_bytes / _GIB:.1f} GiB free{spare}"
+
+
+@dataclass(frozen=True)
+class MemoryShare:
+    """A group's part of what is shared out.
+
+    Attributes:
+        nodes: where it lies; spare: where else, once those are full.
+        weight: in which proportion.
+    """
+
+    nodes: tuple[int, ...]
+    weight: int
+    spare: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,14 @@ class NumaPlan:
     def nodes(self) -> tuple[int, ...]:
         """All nodes whose memory is used, ascending."""
         return tuple(sorted(node for group in self.groups for node in group.nodes))
+
+    @property
+    def memory(self) -> tuple[MemoryShare, ...]:
+        """What of weights and cache each group keeps."""
+        return tuple(
+            MemoryShare(group.nodes, weight, group.spare if self.uses_spare else ())
+            for group, weight in zip(self.groups, self.weights, strict=True)
+        )
 
     @property
     def confines_threads(self) -> bool:
@@ -124,6 +146,7 @@ def plan_numa(mode: NumaMode, choice: str | None = None, *, root: str = "") -> N
         raise UsageError("numa_nodes chooses nodes to place weights on, and numa is off")
     topology = _core.read_topology(root)
     groups = tuple(group_nodes(topology, choice))
+    notes = _notes(groups)
     if mode == "auto":
         policy, _ = topology.policy
         if policy in _LEFT_ALONE and choice is None:
@@ -131,165 +154,116 @@ def plan_numa(mode: NumaMode, choice: str | None = None, *, root: str = "") -> N
             return NumaPlan("off", groups, (note,))
         several = any(len(group.nodes) > 1 for group in groups)
         mode = "shard" if len(groups) > 1 else "interleave" if several else "off"
-    return NumaPlan(mode, groups, is_chosen=choice is not None)
+    return NumaPlan(mode, groups, notes, is_chosen=choice is not None)
 
 
 def group_nodes(topology: _core.Topology, choice: str | None = None) -> list[NodeGroup]:
     """The nodes that this process may use, grouped by the rule above or as ``choice`` has it.
 
     CPUs without memory of their own work for the nearest group; memory without CPUs is the spare of
-    the nearest group. Raises UsageError.
+    the nearest group. More groups than the engine has parts for are merged, nearest first. Raises
+    UsageError.
     """
-    by_id = {node.id: node for node in topology.nodes}
+    machine = _Machine(topology)
+    by_id = machine.nodes
     parts = None if choice is None else _parse(choice, by_id)
     chosen = set(by_id) if parts is None else {i for part in parts for i in part}
     full = [i for i in by_id if i in chosen and by_id[i].usable and by_id[i].may_allocate]
     if not full:
         if choice is not None:
-            raise UsageError(f"numa_nodes {choice!r}: {_why_not(topology)}")
+            raise UsageError(f"numa_nodes {choice!r}: {_why_not(by_id)}")
         return [_whole_machine()]
-    if parts is None:
-        grouped = _by_distance(topology, full)
+    if parts is None or len(parts) == 1:
+        grouped = machine.merged(machine.by_distance(full))
     else:
-        grouped = [
-            group
-            for part in parts
-            for group in (
-                [[i for i in part if i in full]]
-                if len(parts) > 1
-                else _by_distance(topology, [i for i in part if i in full])
+        grouped = [[i for i in part if i in full] for part in parts]
+        grouped = [group for group in grouped if group]
+        if len(grouped) > _MOST_GROUPS:
+            raise UsageError(
+                f"numa_nodes {choice!r}: {len(grouped)} groups; accepted are {_MOST_GROUPS}"
             )
-            if group
-        ]
-    return [_make_group(topology, grouped, group, chosen) for group in grouped]
+    return [_make_group(machine, grouped, group, chosen) for group in grouped]
 
 
-def settle(plan: NumaPlan, n_bytes: int, *, required: bool) -> NumaPlan:
-    """The plan for weights of ``n_bytes``, which decides how they are shared out.
-
-    Where a group has too little free memory for its share by cores, all shares follow free memory.
-    Memory without CPUs is taken last.
-
-    Args:
-        required: raise MemoryLimitError, with every node's numbers, where they do not fit; else
-            they stay mapped, and a note says why.
-    """
-    groups = plan.groups
-    cores = tuple(group.n_cores for group in groups)
-    if plan.mode == "off":
-        return replace(plan, weights=cores)
-    free = _core.available_memory_bytes()
-    if not required:  # cache and workspace want room as well; mapped weights would leave it
-        free = int(free * _COMFORTABLE)
-    for uses_spare in (False, True):
-        rooms = [_room(group, uses_spare) for group in groups]
-        if n_bytes > min(sum(rooms), free):
-            continue
-        by_cores = plan.mode == "interleave" or all(
-            n_bytes * n <= room * sum(cores) for n, room in zip(cores, rooms, strict=True)
-        )
-        weights = cores if by_cores else tuple(room >> 20 for room in rooms)
-        notes = [] if by_cores else [_shares_text(n_bytes, groups, weights)]
-        if uses_spare:
-            notes.append(
-                f"numa: {n_bytes / _GIB:.1f} GiB of weights do not fit beside the CPUs: the rest "
-                "goes to nodes without CPUs"
-            )
-        return replace(plan, weights=weights, uses_spare=uses_spare, notes=(*plan.notes, *notes))
-    problem = (
-        f"{n_bytes / _GIB:.2f} GiB of weights do not fit into the memory of the NUMA nodes: "
-        + "; ".join(_room_text(group) for group in groups)
-        + f"; {free / _GIB:.2f} GiB available to this process"
-    )
-    if required:
-        raise MemoryLimitError(problem)
-    note = f"numa: {problem}; they are mapped, not placed"
-    return replace(plan, mode="off", weights=cores, notes=(*plan.notes, note))
+def _notes(groups: Sequence[NodeGroup]) -> tuple[str, ...]:
+    merged = len(groups) == _MOST_GROUPS and any(group.is_merged for group in groups)
+    note = f"numa: nodes far from each other are grouped, to be no more than {_MOST_GROUPS} groups"
+    return (note,) if merged else ()
 
 
-def _shares_text(n_bytes: int, groups: Sequence[NodeGroup], weights: Sequence[int]) -> str:
-    shares = ", ".join(
-        f"{group.label} {100 * weight / sum(weights):.0f} %"
-        for group, weight in zip(groups, weights, strict=True)
-    )
-    return (
-        f"numa: {n_bytes / _GIB:.1f} GiB of weights are shared out by free memory, not by cores: "
-        f"{shares}"
-    )
+class _Machine:
+    """Nodes by number, and how far they are from each other."""
 
+    def __init__(self, topology: _core.Topology) -> None:
+        self.nodes = {node.id: node for node in topology.nodes}
+        self._package = {
+            i: next((cpu.package for cpu in node.cpus), -1) for i, node in self.nodes.items()
+        }
+        #: Where the kernel tells.
+        self._told = {
+            (i, j): distance
+            for i, node in self.nodes.items()
+            for j, distance in zip(self.nodes, node.distance, strict=False)
+        }
 
-def _room(group: NodeGroup, spare: bool) -> int:
-    free = group.free_bytes + (group.spare_bytes if spare else 0)
-    return max(0, free - max(_RESERVE_BYTES, int(free * _RESERVE)))
+    def distance(self, a: int, b: int) -> int:
+        """The larger of both directions; where the kernel tells none, all others are far."""
+        far = 10 if a == b else 255
+        known = [self._told[pair] for pair in ((a, b), (b, a)) if pair in self._told]
+        return max(known, default=far)
 
+    def by_distance(self, nodes: Sequence[int]) -> list[list[int]]:
+        """Groups of nodes that are near each other, directly or through others; ascending."""
+        groups: list[list[int]] = []
+        for node in nodes:
+            near = [g for g in groups if any(self._is_near(node, other) for other in g)]
+            groups = [g for g in groups if g not in near]
+            groups.append(sorted([node, *(i for g in near for i in g)]))
+        return sorted(groups)
 
-def _room_text(group: NodeGroup) -> str:
-    text = f"{group.label} {group.free_bytes / _GIB:.2f} GiB free"
-    if group.spare:
-        text += f", {group.spare_bytes / _GIB:.2f} on {_label(group.spare)} without CPUs"
-    return text
+    def merged(self, groups: list[list[int]]) -> list[list[int]]:
+        """The nearest two made one, the smallest of equally near ones, until there are few."""
+        groups = list(groups)
+        while len(groups) > _MOST_GROUPS:
+            a, b = min(itertools.combinations(groups, 2), key=lambda pair: self._apart(*pair))
+            groups = [g for g in groups if g is not a and g is not b]
+            groups.append(sorted([*a, *b]))
+        return sorted(groups)
 
+    def _is_near(self, a: int, b: int) -> bool:
+        return self._package[a] == self._package[b] and self.distance(a, b) <= _SAME_GROUP
 
-def _by_distance(topology: _core.Topology, nodes: Sequence[int]) -> list[list[int]]:
-    """Groups of nodes that are near each other, directly or through others; ascending."""
-    groups: list[list[int]] = []
-    for node in nodes:
-        near = [g for g in groups if any(_is_near(topology, node, other) for other in g)]
-        groups = [g for g in groups if g not in near]
-        groups.append(sorted([node, *(i for g in near for i in g)]))
-    return sorted(groups)
-
-
-def _is_near(topology: _core.Topology, a: int, b: int) -> bool:
-    same_package = _package(topology, a) == _package(topology, b)
-    return same_package and _distance(topology, a, b) <= _SAME_GROUP
-
-
-def _package(topology: _core.Topology, node: int) -> int:
-    return next((cpu.package for cpu in _node(topology, node).cpus), -1)
-
-
-def _distance(topology: _core.Topology, a: int, b: int) -> int:
-    """The larger of both directions; where the kernel tells none, all others are far."""
-    ids = [node.id for node in topology.nodes]
-    known = [
-        _node(topology, i).distance[ids.index(j)]
-        for i, j in ((a, b), (b, a))
-        if _node(topology, i).distance
-    ]
-    return max(known, default=10 if a == b else 255)
-
-
-def _node(topology: _core.Topology, number: int) -> _core.NumaNode:
-    return next(node for node in topology.nodes if node.id == number)
+    def _apart(self, a: list[int], b: list[int]) -> tuple[int, int, list[int]]:
+        return max(self.distance(i, j) for i in a for j in b), len(a) + len(b), sorted([*a, *b])
 
 
 def _make_group(
-    topology: _core.Topology, groups: list[list[int]], own: list[int], chosen: set[int]
+    machine: _Machine, groups: list[list[int]], own: list[int], chosen: set[int]
 ) -> NodeGroup:
     def is_nearest(node: int) -> bool:
         return own == min(
-            groups, key=lambda group: (min(_distance(topology, node, i) for i in group), group[0])
+            groups, key=lambda group: (min(machine.distance(node, i) for i in group), group[0])
         )
 
     lone_cpus = [
         node.id
-        for node in topology.nodes
+        for node in machine.nodes.values()
         if node.id in chosen and node.usable and not node.may_allocate and is_nearest(node.id)
     ]
     spare = [
         node.id
-        for node in topology.nodes
+        for node in machine.nodes.values()
         if node.id in chosen and node.may_allocate and not node.usable and is_nearest(node.id)
     ]
-    cpus, n_cores = _cores_first([_node(topology, i) for i in (*own, *lone_cpus)])
+    cpus, n_cores = _cores_first([machine.nodes[i] for i in (*own, *lone_cpus)])
     return NodeGroup(
         nodes=tuple(own),
         spare=tuple(spare),
         cpus=tuple(cpus),
         n_cores=n_cores,
-        free_bytes=sum(_node(topology, i).free_bytes for i in own),
-        spare_bytes=sum(_node(topology, i).free_bytes for i in spare),
+        free_bytes=sum(machine.nodes[i].free_bytes for i in own),
+        spare_bytes=sum(machine.nodes[i].free_bytes for i in spare),
+        is_merged=any(machine.distance(i, j) > _SAME_GROUP for i in own for j in own),
     )
 
 
@@ -330,6 +304,8 @@ def _parse(choice: str, by_id: dict[int, _core.NumaNode]) -> list[list[int]]:
         part: list[int] = []
         for item in text.split(","):
             first, _, last = item.partition("-")
+            if int(last or first) > max(by_id, default=-1):  # before the range is built
+                raise UsageError(_not_here(choice, int(last or first), by_id))
             part += range(int(first), int(last or first) + 1)
         parts.append(part)
     named = [node for part in parts for node in part]
@@ -337,22 +313,27 @@ def _parse(choice: str, by_id: dict[int, _core.NumaNode]) -> list[list[int]]:
         raise UsageError(f"numa_nodes {choice!r} names a node twice")
     for node in named:
         if node not in by_id:
-            here = ranges(sorted(by_id)) or "none"
-            raise UsageError(f"numa_nodes {choice!r}: no node {node}; here are {here}")
+            raise UsageError(_not_here(choice, node, by_id))
         if not (by_id[node].usable or by_id[node].may_allocate):
             raise UsageError(f"numa_nodes {choice!r}: this process may not use node {node}")
     return parts
 
 
-def _why_not(topology: _core.Topology) -> str:
-    usable = [node.id for node in topology.nodes if node.usable and node.may_allocate]
+def _not_here(choice: str, node: int, by_id: Mapping[int, _core.NumaNode]) -> str:
+    here = ranges(sorted(by_id)) or "none"
+    return f"numa_nodes {choice!r}: no node {node}; here are {here}"
+
+
+def _why_not(by_id: Mapping[int, _core.NumaNode]) -> str:
+    usable = [i for i, node in by_id.items() if node.usable and node.may_allocate]
     return (
         "none of them has both memory and CPUs that this process may use; "
         f"those that have: {ranges(usable) or 'none'}"
     )
 
 
-def _label(nodes: Sequence[int]) -> str:
+def label_nodes(nodes: Sequence[int]) -> str:
+    """``node 0`` or ``nodes 0-3``."""
     return f"node{'s' if len(nodes) > 1 else ''} {ranges(nodes)}"
 
 

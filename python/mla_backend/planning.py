@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -10,7 +10,7 @@ from typing import Final
 from mla_backend import _core
 from mla_backend.cache import BLOCK_CELLS, LatentCache, bytes_per_position, cache_bytes
 from mla_backend.config import ModelConfig
-from mla_backend.devices import Devices
+from mla_backend.errors import MemoryLimitError
 from mla_backend.gguf import GGUFFile, TensorInfo
 from mla_backend.loading import LoadOptions, Weights, is_stored_on_network
 from mla_backend.memory import (
@@ -24,6 +24,7 @@ from mla_backend.memory import (
 from mla_backend.numa import NumaPlan
 from mla_backend.placement import CPU, PlacementOptions, Room, fitting_context, place
 from mla_backend.runner import Engine, Runner
+from mla_backend.settling import Demand, give_up, settle
 from mla_backend.threads import Defaults
 
 #: How to get a file into the split layout.
@@ -53,8 +54,8 @@ class LoadPlan:
         defaults: what was chosen for the user.
         notes: one-line statements for the user.
 
-    Raises MemoryLimitError where cache and copied weights alone are too much, UsageError as
-    ``place`` does.
+    Raises MemoryLimitError where cache and copied weights alone are too much and must be (else the
+    weights stay mapped), UsageError as ``place`` does.
     """
 
     def __init__(
@@ -67,19 +68,23 @@ class LoadPlan:
         kv_file: str | Path | None,
         options: LoadOptions,
         *,
-        devices: Devices,
+        gpus: Sequence[_core.Backend],
         wishes: PlacementOptions,
         n_batch: int | None,
         numa: NumaPlan,
-        defaults: Defaults,
+        must_place: bool,
+        choose_defaults: Callable[[NumaPlan], Defaults],
     ) -> None:
+        """``must_place``: weights on nodes or nowhere. ``choose_defaults``: by the final plan."""
         self.file = file
         self.config = config
         self.infos = infos
         self.cache_type = cache_type
         self.kv_file = Path(kv_file) if kv_file is not None else None
         sizes = {name: info.n_bytes for name, info in infos.items()}
-        rooms = [Room(gpu.name, gpu.free_bytes()) for gpu in devices.cuda]
+        rooms = [Room(gpu.name, gpu.free_bytes()) for gpu in gpus]
+        self.defaults = choose_defaults(numa)
+        self._choose_defaults = choose_defaults
         if rooms and wishes.gpu_layers != 0:
             choice = _context_on_devices(config, n_ctx, cache_type, sum(sizes.values()), rooms)
         else:
@@ -88,7 +93,7 @@ class LoadPlan:
             )
         self.n_ctx = choice.n_ctx
         held = 0 if kv_file is not None else cache_bytes(config, cache_type, self.n_ctx)
-        on_host = automatic_batch(config, self.n_ctx, file.n_bytes + held, defaults.n_batch)
+        on_host = automatic_batch(config, self.n_ctx, file.n_bytes + held, self.defaults.n_batch)
         self.n_batch = min(n_batch or (_DEVICE_BATCH if rooms else on_host), self.n_ctx)
         self.placement = place(
             config,
@@ -103,19 +108,55 @@ class LoadPlan:
         self.host_share = on_cpu / config.n_layer
         if n_batch is None and not self.placement.uses_devices:
             self.n_batch = on_host
-        self.numa, self.defaults = numa, defaults
         mapped = options.mmap and not any(is_stored_on_network(path) for path in file.paths)
         self.options = replace(options, mmap=mapped)
-        mapped = mapped and not self.placed_bytes
-        oversize = oversize_note(file.n_bytes, active_weight_bytes(config, sizes))
-        self.weights_fit = oversize is None
-        self.notes = self._find_notes(choice, oversize if mapped else None, mapped)
-        self._check_memory(workspace_bytes=0, widened_bytes=0)
+        self._must_place = must_place
+        self._set_nodes(settle(numa, self._demand(), required=must_place))
+        self._oversize = oversize_note(file.n_bytes, active_weight_bytes(config, sizes))
+        self.weights_fit = self._oversize is None
+        self.notes = self._find_notes(choice)
+        self._fit(lambda: self._check_memory(workspace_bytes=0, widened_bytes=0))
 
-    def _find_notes(self, choice: ContextChoice, oversize: str | None, mapped: bool) -> list[str]:
+    def _set_nodes(self, numa: NumaPlan) -> None:
+        if self.defaults.by_nodes != numa.confines_threads:
+            self.defaults = self._choose_defaults(numa)
+        self.numa = numa
+
+    def _demand(self) -> Demand:
+        """What is to find room on the nodes, as far as it is known before graphs are planned."""
+        read = self._on_cpu_bytes + (0 if self.options.mmap else self._elsewhere_bytes)
+        cache = 0
+        if self.kv_file is None:
+            cache = round(cache_bytes(self.config, self.cache_type, self.n_ctx) * self.host_share)
+        return Demand(read, cache, _workspace_estimate(self.config, self.n_batch))
+
+    def _fit(self, check: Callable[[], None]) -> None:
+        """Leave the weights mapped where they are too much as copies, if that may be."""
+        try:
+            check()
+        except MemoryLimitError as error:
+            if self._must_place or not self.placed_bytes:
+                raise
+            self._set_nodes(give_up(self.numa, str(error)))
+            self.notes.append(self.numa.notes[-1])
+            if self._oversize is not None and self.options.mmap:
+                self.notes.append(self._oversize)
+            check()
+
+    def make_backend(self, isa: str | None, precision: str) -> _core.CpuBackend:
+        """The CPU with threads next to the weights, or where the process may run.
+
+        Where loading takes long, what it would end in is found out before: raises MemoryLimitError.
+        """
+        if self.placed_bytes or not self.options.mmap:
+            self._fit(lambda: self._check_workspace(isa, precision))
+        return _core.CpuBackend(_make_pool(self.defaults.threads, self.numa), isa or "")
+
+    def _find_notes(self, choice: ContextChoice) -> list[str]:
+        mapped = self.options.mmap and not self.placed_bytes
         notes = (
             choice.note,
-            oversize,
+            self._oversize if mapped else None,
             LEGACY_NOTE if self.config.layout == "legacy" else None,
             _UNLOCKED_NOTE if self.options.mlock and not mapped else None,
             self.placement.text() if self.placement.uses_devices else None,
@@ -129,11 +170,20 @@ class LoadPlan:
         """Bytes of weights that are read onto NUMA nodes: those that the CPU computes with."""
         if self.numa.mode == "off":
             return 0
+        return self._on_cpu_bytes
+
+    @property
+    def _on_cpu_bytes(self) -> int:
         on_cpu = (name for name in self.infos if self.placement.of(name) == CPU)
         return sum(self.infos[name].n_bytes for name in on_cpu)
 
-    def check_memory(self, backend: _core.CpuBackend, precision: str) -> None:
+    @property
+    def _elsewhere_bytes(self) -> int:
+        return sum(info.n_bytes for info in self.infos.values()) - self._on_cpu_bytes
+
+    def _check_workspace(self, isa: str | None, precision: str) -> None:
         """Refuse what does not fit, the workspace included. Raises MemoryLimitError."""
+        backend = _core.CpuBackend(_make_pool(self.defaults.threads, self.numa), isa or "")
         workspace, widened = planned_bytes(
             self.file,
             self.config,
@@ -147,9 +197,11 @@ class LoadPlan:
         self._check_memory(workspace_bytes=workspace, widened_bytes=widened)
 
     def _check_memory(self, *, workspace_bytes: int, widened_bytes: int) -> None:
-        # What is not read onto nodes comes as whole files, mapped or not.
-        rest = 0 if self.placed_bytes and not self.placement.uses_devices else self.file.n_bytes
-        mapped = self.options.mmap or self.placed_bytes > 0
+        # Without nodes, and where it is mapped, it comes as whole files.
+        rest = self.file.n_bytes
+        if self.placed_bytes and not (self.options.mmap and self._elsewhere_bytes):
+            rest = self._elsewhere_bytes
+        mapped = self.options.mmap
         report = report_memory(
             self.config,
             self.cache_type,
@@ -160,6 +212,13 @@ class LoadPlan:
             host_share=self.host_share,
         )
         check_memory(report, cache_in_file=self.kv_file is not None)
+
+
+def _make_pool(threads: int | None, nodes: NumaPlan) -> _core.ThreadPool:
+    if not nodes.confines_threads:
+        return _core.ThreadPool(threads or 0)
+    n_cores = min(sum(group.n_cores for group in nodes.groups), _core.usable_physical_cores())
+    return _core.ThreadPool(threads or n_cores, nodes=nodes.shares)
 
 
 def _context_on_devices(

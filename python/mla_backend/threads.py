@@ -38,12 +38,14 @@ class Defaults:
         n_batch: None: as memory allows; else no more than this.
         text: why, in one line.
         problem: of the file of tuned settings, for the user; "" where there is none.
+        by_nodes: whether threads stay on the nodes that keep weights.
     """
 
     threads: int | None
     n_batch: int | None
     text: str
     problem: str = ""
+    by_nodes: bool = False
 
 
 def choose_defaults(
@@ -60,9 +62,9 @@ def choose_defaults(
     found = known.find(model_key(config, infos.values())) if known is not None else None
     n_batch = found.n_batch if found is not None else None
     if threads is not None:
-        return Defaults(threads, n_batch, "as asked", problem)
+        return Defaults(threads, n_batch, "as asked", problem, nodes.confines_threads)
     if nodes.confines_threads:
-        return Defaults(None, n_batch, "one per core of the nodes", problem)
+        return Defaults(None, n_batch, "one per core of the nodes", problem, by_nodes=True)
     if found is not None and found.threads is not None:
         return Defaults(found.threads, n_batch, found.text, problem)
     choice = choose_threads(known)

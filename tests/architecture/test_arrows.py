@@ -106,6 +106,7 @@ LAYER = {
     "runner": "session",
     "sampling_params": "sampling",
     "session_file": "session",
+    "settling": "devices",
     "stops": "generator",
     "thinking": "tokenizer",
     "traffic": "model",
