@@ -152,5 +152,6 @@ void check_products(const Machine& machine, Report& report);
 void check_rows(const Machine& machine, Report& report);
 void check_attention(const Machine& machine, Report& report);
 void check_pool(Report& report);
+void check_nodes(const std::string& isa, Report& report);
 
 }  // namespace selfcheck

@@ -27,6 +27,7 @@ int run() {
     selfcheck::check_rows(machine, report);
     selfcheck::check_products(machine, report);
     selfcheck::check_attention(machine, report);
+    selfcheck::check_nodes(std::string(isa), report);
   }
   std::printf("%d checks, %d failed\n", report.n_checks(), report.n_failed());
   return report.n_failed() == 0 ? 0 : 1;
