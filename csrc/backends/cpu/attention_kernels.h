@@ -18,7 +18,7 @@ static constexpr int64_t pad_floats(int64_t n) {
 static constexpr int64_t kTileRows = 32;
 // The same in pairs of bf16: see kernels/attention_bf16.inc.h.
 static constexpr int64_t kPairTileRows = 64;
-static constexpr int64_t kMaxTileRows = 64;
+static constexpr int64_t kMaxQueryRows = 64;
 // Cells converted at a time in the latent: 32 * 576 floats are 72 KiB.
 static constexpr int64_t kTileCells = 32;
 // Cells of a panel, in bf16 and of expanded keys stored [dim][cell]: four of the widest vectors.
@@ -42,7 +42,7 @@ struct CacheCells {
 };
 
 // Running softmax of query rows: out holds sum_s e^(score - max) * value_s so far. A row that has
-// seen nothing has max -inf, sum 0 and zeros.
+// seen nothing, or scores of -inf alone, has max -inf, sum 0 and zeros.
 struct RunningRows {
   float* out;
   int64_t out_row;  // floats between rows of out
@@ -65,7 +65,7 @@ struct AbsorbedTile {
 struct AbsorbedKernel {
   void (*run)(const AbsorbedTile&) noexcept;
   int64_t (*scratch_bytes)(int64_t c, int64_t r);
-  int64_t tile_rows;  // query rows of one task, at most kMaxTileRows
+  int64_t tile_rows;  // query rows of one task, at most kMaxQueryRows
 };
 
 // ---- expanded -----------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ struct ExpandedKernels {
   void (*pack)(const WeightRows&, std::byte* weight) noexcept;
   void (*expand)(const ExpandTask&) noexcept;
   void (*attend)(const ExpandedTile&) noexcept;
-  int64_t tile_rows;  // query rows of one task, at most kMaxTileRows
+  int64_t tile_rows;  // query rows of one task, at most kMaxQueryRows
 };
 
 // ---- both ---------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ struct MergeRow {
 struct AttentionTable {
   AbsorbedKernel absorbed[2];   // by Precision
   ExpandedKernels expanded[2];  // by Precision
-  // out [n] = the softmax-weighted values; out may be part 0 itself.
+  // out [n] = the softmax-weighted values; out may be part 0 itself. NaN where all sums are 0.
   void (*merge)(const MergeRow&, float* out) noexcept;
 };
 

@@ -9,10 +9,12 @@
 // expanded: keys come in panels, transposed, so that scores need no sum across lanes.
 // merge: runs of cells computed apart, weighted by e^(max_part - max).
 //
-// All is float32; the error against float64 is that of float32 sums over N + R (or C + R) products
-// and over the cells: about 1e-6 of the largest value. A row's result depends on its own cells and
-// on where the runs of cells begin, not on the rows beside it. The cache formats differ in
-// decode_row alone; kernels that multiply in 16 or 8 bits would be further entries of the table.
+// Here all is float32; the error against float64 is that of float32 sums over N + R (or C + R)
+// products and over the cells: about 1e-6 of the largest value. A row's result depends on its own
+// cells and on where the runs of cells begin, not on the rows beside it. The cache formats differ
+// in decode_row alone. What the table has for `fast` is this again, or attention_bf16.inc.h where
+// the ISA multiplies bf16; merge is for both. A score of -inf is a weight of 0; where a row has no
+// other, its sum stays 0 and merge makes NaN of it.
 #include "backends/cpu/kernels/attention_tiles.inc.h"
 #include "backends/cpu/simd/simd.h"
 #if defined(MLA_ISA_AVX512BF16)
@@ -116,7 +118,7 @@ inline float softmax_row(float* score, int64_t width, int64_t n_visible, float s
   }
   const float tile_max = reduce_max(best);
   const float new_max = tile_max > *max_io ? tile_max : *max_io;
-  const F32 shift = set1(new_max);
+  const F32 shift = set1(new_max == lowest ? 0.0f : new_max);
   F32 total = zero();
   for (int64_t i = 0; i < width; i += kLanes) {
     const F32 p = exp(load(score + i) - shift);
@@ -255,9 +257,13 @@ void merge(const MergeRow& row, float* out) noexcept {
     if (sum == 0.0f) continue;
     total += exp(set1(row.max[part * row.stat_stride] - best))[0] * sum;
   }
+  if (total == 0.0f) {
+    for (int64_t i = 0; i < row.n; ++i) out[i] = __builtin_nanf("");
+    return;
+  }
   bool first = true;
   for (int64_t part = 0; part < row.n_parts; ++part) {
-    if (row.sum[part * row.stat_stride] == 0.0f) continue;  // saw no cell: out may be unwritten
+    if (row.sum[part * row.stat_stride] == 0.0f) continue;  // no weight: out may be unwritten
     const F32 difference = set1(row.max[part * row.stat_stride] - best);
     const F32 weight = set1(exp(difference)[0] / total);
     const float* in = row.out + part * row.out_stride;

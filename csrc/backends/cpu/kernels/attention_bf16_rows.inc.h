@@ -64,21 +64,23 @@ inline void weigh(PairRows* t, int64_t group, int64_t first, int64_t n_cells,
     best = max(z, best);
   }
   // The maximum moves where a weight would exceed e^5: what lies below needs no factor then. A row
-  // that has seen nothing yet keeps the maximum -inf, and weights of 0.
+  // without a score above -inf yet keeps that as its maximum, and weights of 0.
   best = best > t->max[group] + set1(5.0f) ? best : t->max[group];
-  const F32 base = (best == lowest ? zero() : best) * set1(kLog2E);
+  const F32 base = best == lowest ? zero() : best;
   Pair* weights = scratch.weights + group * kPanelPairs * kLanes;
   // Weights are summed as they are used, rounded: what remains of their errors has mean zero.
   const I32 ones = zip_pairs(set1(1.0f), set1(1.0f));
   F32 total = zero();
   for (int64_t cell = 0; cell < padded; cell += 2) {
-    const F32 even = exp2_near(load(score + cell * kLanes) * set1(kLog2E) - base);
-    const F32 odd = exp2_near(load(score + (cell + 1) * kLanes) * set1(kLog2E) - base);
+    const F32 even = exp2_near((load(score + cell * kLanes) - base) * set1(kLog2E));
+    const F32 odd = exp2_near((load(score + (cell + 1) * kLanes) - base) * set1(kLog2E));
     const I32 pair = zip_pairs(even, odd);
     total = dot_pairs(total, pair, ones);
     store_pairs(weights + cell / 2 * kLanes, pair);
   }
-  t->kept[group] = exp2_near(t->max[group] * set1(kLog2E) - base);
+  // Exactly 1 where the maximum stays: an error here would grow with every panel.
+  const F32 factor = exp2_near((t->max[group] - base) * set1(kLog2E));
+  t->kept[group] = best == t->max[group] ? set1(1.0f) : factor;
   t->sum[group] = t->sum[group] * t->kept[group] + total;
   t->max[group] = best;
 }

@@ -136,7 +136,7 @@ void attend(const AttentionCall& call, const Round& round, int64_t task, int thr
   AbsorbedTile tile;
   tile.cells = call.cells(piece->span);
   tile.n_rows = std::min(s.absorbed.tile_rows, n_rows - first_row);
-  int64_t visible[kMaxTileRows];
+  int64_t visible[kMaxQueryRows];
   for (int64_t i = 0; i < tile.n_rows; ++i) {
     const int64_t token = piece->begin + (first_row + i) / s.h;
     visible[i] = piece->span.n_cells - piece->span.n_tokens + 1 + token;

@@ -143,7 +143,7 @@ void attend(const AttentionCall& call, const Span& span, const Block& b, int64_t
   ExpandedTile tile;
   tile.dims = s.dims();
   tile.n_rows = std::min(s.expanded.tile_rows, span.n_tokens - first);
-  int64_t visible[kMaxTileRows];
+  int64_t visible[kMaxQueryRows];
   for (int64_t i = 0; i < tile.n_rows; ++i) {
     visible[i] = span.n_cells - span.n_tokens + 1 + first + i - b.begin;
   }
