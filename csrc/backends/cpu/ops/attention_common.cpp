@@ -4,11 +4,57 @@
 #include <cstring>
 
 #include "base/error.h"
+#include "quant/blocks.h"
 
 namespace mla::cpu {
 
+void HeadProduct::pack_row(const std::byte* x, int64_t stride_bytes, std::byte* packed,
+                           int64_t row) const {
+  std::byte* out = packed + row * packed_bytes;
+  if (fold == 1) return pack(x, Format::F32, stride_bytes, k, out);
+  for (int64_t i = 0; i < fold; ++i) {
+    float folded[block::kSuper] = {};
+    for (int64_t j = 0; j < k; ++j) {
+      std::memcpy(folded + i * k + j, x + j * stride_bytes, sizeof(float));
+    }
+    pack(reinterpret_cast<const std::byte*>(folded), Format::F32, sizeof(float), block::kSuper,
+         out + i * packed_bytes / fold);
+  }
+}
+
+// Some rows of the weight at a time; what they give lies apart in y.
+void HeadProduct::apply_folded(const std::byte* w, int64_t w_row_bytes, const std::byte* packed,
+                               float* y, int64_t y_row, int64_t n_rows) const {
+  constexpr int64_t kColumns = 64;
+  float results[kProductRows][kColumns];
+  const std::byte* x_rows[kProductRows];
+  float* y_rows[kProductRows];
+  const int64_t n_x = n_rows * fold;
+  for (int64_t i = 0; i < n_x; ++i) {
+    x_rows[i] = packed + i * (packed_bytes / fold);
+    y_rows[i] = results[i];
+  }
+  for (int64_t first = 0; first < n / fold; first += kColumns) {
+    const int64_t size = std::min(kColumns, n / fold - first);
+    kernel({w + first * fold * w_row_bytes, fold * w_row_bytes, 0, size, fold * k, x_rows, y_rows,
+            static_cast<int>(n_x), false});
+    for (int64_t i = 0; i < n_x; ++i) {
+      float* out = y + i / fold * y_row + first * fold + i % fold;
+      for (int64_t j = 0; j < size; ++j) out[j * fold] = results[i][j];
+    }
+  }
+}
+
 void HeadProduct::apply(const Tensor& weight, int64_t head, const std::byte* packed, float* y,
                         int64_t y_row, int64_t n_rows) const {
+  if (fold > 1) {
+    const int64_t most = kProductRows / fold;
+    for (int64_t i = 0; i < n_rows; i += most) {
+      apply_folded(weight.at(0, head, 0), weight.stride[2], packed + i * packed_bytes,
+                   y + i * y_row, y_row, std::min(most, n_rows - i));
+    }
+    return;
+  }
   const std::byte* x_rows[kProductRows];
   float* y_rows[kProductRows];
   for (int64_t i = 0; i < n_rows; ++i) {
@@ -30,9 +76,14 @@ HeadProduct head_product(const KernelTable& kernels, const Layout& weight, bool 
   product.pack = table.pack[static_cast<size_t>(packing)];
   product.n = across ? weight.dim(2) : weight.dim(1);
   product.k = across ? weight.dim(1) : weight.dim(2);
+  if (packing == Packing::q8 && product.k > 0 && block::kSuper % product.k == 0 &&
+      product.n % (block::kSuper / product.k) == 0 &&
+      weight.stride[2] == row_bytes(weight.format, product.k)) {
+    product.fold = block::kSuper / product.k;
+  }
   // Whole cache lines: rows packed by different threads share none.
-  const size_t bytes = table.packed_bytes(packing, product.k);
-  product.packed_bytes = static_cast<int64_t>((bytes + 63) / 64 * 64);
+  const size_t bytes = table.packed_bytes(packing, product.fold * product.k);
+  product.packed_bytes = product.fold * static_cast<int64_t>((bytes + 63) / 64 * 64);
   return product;
 }
 

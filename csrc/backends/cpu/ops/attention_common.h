@@ -22,13 +22,18 @@ struct HeadProduct {
   PackRow pack = nullptr;
   int64_t packed_bytes = 0;  // of one row of k
   int64_t n = 0, k = 0;
+  // Rows too short for the kernels, which take 256 weights at a time, are read as n / fold rows of
+  // fold * k: those meet x once in every fold of k, zeros elsewhere.
+  int64_t fold = 1;
 
   // y[i][0..n) = x[i] . weight of `head`, for n_rows <= kProductRows packed rows.
   void apply(const Tensor& weight, int64_t head, const std::byte* packed, float* y, int64_t y_row,
              int64_t n_rows) const;
-  void pack_row(const std::byte* x, int64_t stride_bytes, std::byte* packed, int64_t row) const {
-    pack(x, Format::F32, stride_bytes, k, packed + row * packed_bytes);
-  }
+  void pack_row(const std::byte* x, int64_t stride_bytes, std::byte* packed, int64_t row) const;
+
+ private:
+  void apply_folded(const std::byte* w, int64_t w_row_bytes, const std::byte* packed, float* y,
+                    int64_t y_row, int64_t n_rows) const;
 };
 HeadProduct head_product(const KernelTable& kernels, const Layout& weight, bool across,
                          Precision precision);
