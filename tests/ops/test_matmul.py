@@ -191,12 +191,14 @@ def test_empty(where: Where, format: str) -> None:
     assert ops.matmul(numbers((0, k)), w, **where).shape == (0, 3)
     assert ops.matmul(numbers((2, 0, k)), w, **where).shape == (2, 0, 3)
     assert ops.matmul(numbers((2, k)), w[:0], **where).shape == (2, 0)
-    residual = numbers((2, 3))
     nothing, _ = random_weight(format, (3, 0))
-    for precision in PRECISIONS:
-        assert not ops.matmul(numbers((2, 0)), nothing, precision=precision, **where).any()
-        got = ops.matmul(numbers((2, 0)), nothing, residual=residual, precision=precision, **where)
-        np.testing.assert_array_equal(got, residual)
+    for m in (2, 40):
+        residual = numbers((m, 3))
+        for precision in PRECISIONS:
+            given: Any = {"precision": precision, **where}
+            assert not ops.matmul(numbers((m, 0)), nothing, **given).any()
+            got = ops.matmul(numbers((m, 0)), nothing, residual=residual, **given)
+            np.testing.assert_array_equal(got, residual)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

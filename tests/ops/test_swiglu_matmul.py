@@ -108,8 +108,10 @@ def test_empty(where: Where) -> None:
     none = np.zeros((0, 2), np.int32)
     assert ops.swiglu_matmul(numbers((0, 32)), w, w, ids=none, **where).shape == (0, 2, 5)
     assert ops.swiglu_matmul(numbers((3, 0, 32)), w[0], w[0], **where).shape == (3, 0, 5)
-    nothing = numbers((5, 0))
-    assert not ops.swiglu_matmul(numbers((4, 0)), nothing, nothing, **where).any()
+    for format in ("F32", "Q8_0"):
+        nothing, _ = random_weight(format, (5, 0))
+        for m in (4, 40):
+            assert not ops.swiglu_matmul(numbers((m, 0)), nothing, nothing, **where).any()
 
 
 def test_messages(where: Where) -> None:

@@ -35,10 +35,10 @@ def block_elems(format: str) -> int:
 
 
 def random_weight(
-    format: str, shape: tuple[int, ...], seed: int = 0
+    format: str, shape: tuple[int, ...], seed: int = 0, fill: int | None = None
 ) -> tuple[Weight, npt.NDArray[np.float32]]:
     """A weight of ``shape`` with every bit pattern of its blocks but for tame scales, and what it
-    decodes to."""
+    decodes to. ``fill``: this byte everywhere but for the scales."""
     rng = np.random.default_rng(seed)
     if format in FLOATS:
         numbers = rng.normal(size=shape).astype(FLOATS[format])
@@ -47,6 +47,8 @@ def random_weight(
     elems, size = GGML_QUANT_SIZES[kind]
     n_blocks = int(np.prod(shape)) // elems
     blocks = rng.integers(0, 256, (n_blocks, size), np.uint8)
+    if fill is not None:
+        blocks[:] = fill
     for at in _HALVES[format]:
         scales = rng.uniform(0.5, 1.5, n_blocks) * rng.choice([-0.01, 0.01], n_blocks)
         blocks[:, at : at + 2] = scales.astype(np.float16).view(np.uint8).reshape(-1, 2)

@@ -41,7 +41,8 @@ WeightReader WeightReader::plan(const Layout& w, const MatmulAttrs& attrs,
   const bool exact = attrs.precision == Precision::exact;
   const Format format = r.reading == Reading::gathered ? Format::F32 : w.format;
   const SlabEntry& slab = kernels.slab->rows[static_cast<size_t>(format)];
-  if (r.reading == Reading::rows && !exact && n_rows >= kSlabMinRows && slab.kernel != nullptr) {
+  if (r.reading == Reading::rows && !exact && n_rows >= kSlabMinRows && r.k > 0 &&
+      slab.kernel != nullptr) {
     r.kernel = slab.kernel;
     r.pack = slab.pack;
     r.packed_row_bytes = static_cast<int64_t>(slab.packed_bytes(r.k));
@@ -106,7 +107,9 @@ void multiply(const CpuRun& run, int thread, const WeightReader& reader, const T
     multiply_piece(reader, reader.skip(base, y_begin), begin - y_begin, end - y_begin, tile,
                    accumulate, room);
   };
-  if (w.slices == nullptr) return piece(w.at(range.i0, range.i1, 0), range.begin, range.end);
+  // Read across, what is cut is K: only slices in place come here, and they lie as a whole.
+  if (w.slices == nullptr || reader.reading != Reading::rows)
+    return piece(w.at(range.i0, range.i1, 0), range.begin, range.end);
   for (int64_t begin = range.begin; begin < range.end;) {
     const Tensor::Rows rows = w.rows_at(range.i0, range.i1, begin);
     const int64_t end = std::min(begin + rows.n, range.end);
