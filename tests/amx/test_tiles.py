@@ -1,4 +1,4 @@
-"""Products by tiles, with the tiles spelled out: they are right before any machine has AMX."""
+"""Kernels by tiles, with the tiles spelled out: they are right before any machine has AMX."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ KERNEL_FLAGS = [
     *("-Wno-unused-function", "-fno-exceptions", "-fno-rtti"),
     *("-DMLA_ISA=isa_avx512amx", "-DMLA_ISA_AVX512BF16=1", "-DMLA_ISA_AVX512AMX=1"),
 ]
-SLAB = CSRC / "backends/cpu/kernels/slab.inc.cpp"
+KERNELS = CSRC / "backends/cpu/kernels"
+SLAB = KERNELS / "slab.inc.cpp"
 
 
 def compiled(source: Path, out: Path, *flags: str) -> Path:
@@ -35,15 +36,19 @@ def x86_64() -> None:
         pytest.skip("AMX is of x86-64")
 
 
-def test_emulated(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kernels", "check"), [("slab", "check_tiles"), ("attention", "check_attention")]
+)
+def test_emulated(tmp_path: Path, kernels: str, check: str) -> None:
     if "avx512bf16" not in _core.available_isas():
         pytest.skip("this CPU lacks avx512bf16")
     twin = Path(__file__).with_name("emulated_tiles.h")
     emulated = ["-DMLA_AMX_EMULATED=1", "-include", str(twin)]
-    objects = [compiled(SLAB, tmp_path / "slab.o", *KERNEL_FLAGS, *emulated)]
-    sources = [Path(__file__).parent / "check_tiles.cpp", *(CSRC / "quant").glob("*.cpp")]
+    source = KERNELS / f"{kernels}.inc.cpp"
+    objects = [compiled(source, tmp_path / f"{kernels}.o", *KERNEL_FLAGS, *emulated)]
+    sources = [Path(__file__).parent / f"{check}.cpp", *(CSRC / "quant").glob("*.cpp")]
     objects += [compiled(source, tmp_path / f"{source.stem}.o") for source in sources]
-    program = tmp_path / "check_tiles"
+    program = tmp_path / check
     subprocess.run(["c++", *objects, "-o", program], check=True)
     found = subprocess.run([program], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
