@@ -15,6 +15,9 @@ constexpr int64_t kMaxRowsReadAgain = 64;  // of a tile whose rows of w are unpa
 // Unpacking a slab takes as long as multiplying it with some 6 rows of x: a tenth of this.
 constexpr int64_t kLeastSlabRows = 64;
 constexpr int64_t kChunksPerThread = 4;
+// Rows of bf16 need no unpacking, only turning round: kernels that read them as they are keep up
+// with slabs for longer.
+constexpr int64_t kSlabMinRowsBf16 = 12;
 constexpr int64_t kGatherRows = 8;  // rows of w that share a pass over x
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -41,7 +44,8 @@ WeightReader WeightReader::plan(const Layout& w, const MatmulAttrs& attrs,
   const bool exact = attrs.precision == Precision::exact;
   const Format format = r.reading == Reading::gathered ? Format::F32 : w.format;
   const SlabEntry& slab = kernels.slab->rows[static_cast<size_t>(format)];
-  if (r.reading == Reading::rows && !exact && n_rows >= kSlabMinRows && r.k > 0 &&
+  const int64_t least = format == Format::BF16 ? kSlabMinRowsBf16 : kSlabMinRows;
+  if (r.reading == Reading::rows && !exact && n_rows >= least && r.k > 0 &&
       slab.kernel != nullptr) {
     r.kernel = slab.kernel;
     r.pack = slab.pack;

@@ -36,7 +36,7 @@ struct WeightReader {
   int64_t room_bytes = 0;     // scratch of each thread
 
   // n_rows: how many rows of x meet w, or an expert of it on average. The kernel, and with it how
-  // x is rounded, depends on which side of kSlabMinRows that is.
+  // x is rounded, depends on whether these are few or many.
   static WeightReader plan(const Layout& w, const MatmulAttrs& attrs, const KernelTable& kernels,
                            int64_t n_rows);
   // From n on, as a matrix of its own. Not for quantized weights read across.
