@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from mla_backend import Model, _core, model, node_loading, planning
+from mla_backend import Model, _core, loading, model, node_loading, planning
 from mla_backend.config import config_from_gguf
 from mla_backend.errors import DeviceError, MemoryLimitError, UsageError
 from mla_backend.gguf import read_gguf
 from mla_backend.loading import LoadOptions
 from mla_backend.numa import NodeGroup, NumaPlan
-from mla_backend.placement import PlacementOptions
-from mla_backend.threads import Defaults
+from mla_backend.placement import everything_on
 from mla_backend.weights import check as check_weights
 from mla_backend.weights import declare
 from small_models import small_model
@@ -93,7 +95,9 @@ def test_past_the_page_cache(
 
     monkeypatch.setattr(_core, "read_in_parallel", spy)
     once = path.stat().st_size
-    monkeypatch.setattr(node_loading, "_free_bytes", lambda: once * 3 // 2 + free_bytes)
+    monkeypatch.setattr(
+        node_loading, "cannot_hold_twice", lambda n: n > once // 2 and not free_bytes
+    )
     assert logits(path, numa="shard") == expected
     assert asked == [free_bytes == 0]
 
@@ -149,13 +153,15 @@ def test_systems_that_refuse_to_bind(made_up: MakeUp, monkeypatch: pytest.Monkey
 
         def __new__(cls, n_bytes: int, nodes: Any, policy: str = "bind") -> Any:
             memory = allocate(n_bytes, [], policy)
-            assert "first touched" in memory.note
+            assert n_bytes == 0 or "first touched" in memory.note
             return memory
 
     monkeypatch.setattr(_core, "NodeMemory", Unbound)
+    monkeypatch.setattr(_core, "bind_memory", lambda *_: "cells cannot be bound")
     with Model.load(small_model(), n_ctx=64, numa="shard", device="cpu") as loaded:
         assert [note for note in loaded.notes if note.startswith("numa: ")] == [
-            "numa: no node was given: it lies where it is first touched"
+            "numa: no node was given: it lies where it is first touched",
+            "numa: cells cannot be bound",
         ]
 
 
@@ -217,61 +223,64 @@ def test_more_workspace_than_was_thought(made_up: MakeUp, monkeypatch: pytest.Mo
         Model.load(path, n_ctx=64, numa="shard", device="cpu")
 
 
-class Gpu:
-    """One that is not there, with room."""
-
-    name = "cuda:0"
-
-    def free_bytes(self) -> int:
-        return 1 << 40
-
-
-def plan_with_gpu(
-    path: Path,
-    wishes: PlacementOptions,
-    *,
-    free_bytes: int,
-    must_place: bool = True,
-    **options: Any,
-) -> planning.LoadPlan:
-    file = read_gguf(path)
-    config = config_from_gguf(file)
-    groups = [NodeGroup(first_node(), (), (0,), 1, free_bytes, 0) for _ in range(2)]
-    gpu: Any = Gpu()
-    return planning.LoadPlan(
-        file,
-        config,
-        check_weights(config, file),
-        "f16",
-        64,
-        None,
-        LoadOptions(**options),
-        gpus=[gpu],
-        wishes=wishes,
-        n_batch=1,
-        numa=NumaPlan("shard", tuple(groups)),
-        must_place=must_place,
-        choose_defaults=lambda nodes: Defaults(1, None, ""),
-    )
-
-
-def test_what_goes_to_gpus_needs_no_room_on_nodes() -> None:
-    path = small_model("tiny-v2", "f32", n_expert=96)
-    room = (32 << 20) + (1 << 20)  # of which a part is left alone
-    everything = plan_with_gpu(path, PlacementOptions(), free_bytes=room)
-    assert (everything.numa.mode, everything.placed_bytes) == ("shard", 0)
-    with pytest.raises(MemoryLimitError):
-        plan_with_gpu(path, PlacementOptions(cpu_moe=True), free_bytes=room)
-    # Read instead of mapped, all of it is host memory first.
-    with pytest.raises(MemoryLimitError):
-        plan_with_gpu(path, PlacementOptions(), free_bytes=room, mmap=False)
-
-
 def test_wrong_values() -> None:
     with pytest.raises(UsageError, match="numa 'mirror'; accepted are auto, shard"):
         Model.load(small_model(), numa="mirror")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no node 99"):
         Model.load(small_model(), numa_nodes="99")
+
+
+def test_nodes_without_a_share(made_up: MakeUp) -> None:
+    """A node so small, or so full, that no row falls to it."""
+    path = small_model("tiny-v2", "q8_0")
+    expected = logits(path, numa="off")
+    made_up(10000, 1)
+    assert logits(path, numa="shard") == expected
+
+
+def test_a_part_of_no_bytes_may_begin_anywhere() -> None:
+    memory, nothing = _core.NodeMemory(64, []), _core.NodeMemory(0, [])
+    whole = _core.Tensor.sliced("F32", [4, 4], 0, [0, 4, 4], [(memory, 0), (nothing, 0)])
+    assert whole.shape == [4, 4]
+    odd = np.zeros(65, np.uint8)[1:1]
+    assert _core.Tensor.sliced("F32", [4, 4], 0, [0, 4, 4], [(memory, 0), (odd, 0)]).shape == [4, 4]
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_files_read_whole_leave_the_page_cache_alone(
+    monkeypatch: pytest.MonkeyPatch, twice: bool
+) -> None:
+    path = small_model("tiny-v2", "q8_0", shards=3)
+    expected = logits(path, numa="off")
+    size = sum(part.stat().st_size for part in path.parent.glob("*.gguf"))
+    asked: list[bool] = []
+    read = _core.LoadedFile
+
+    def spy(path: str, threads: int, progress: Any, bypass_cache: bool = False) -> Any:
+        asked.append(bypass_cache)
+        return read(path, threads, progress, bypass_cache)
+
+    monkeypatch.setattr(_core, "LoadedFile", spy)
+    monkeypatch.setattr(loading, "cannot_hold_twice", lambda n: 0 < n <= size and not twice)
+    assert logits(path, numa="off", mmap=False) == expected
+    assert asked == [not twice] * 3
+
+
+def test_a_file_that_is_gone_or_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    shutil.copyfile(small_model("tiny-v2", "q8_0"), path)
+    file = read_gguf(path)
+    config = config_from_gguf(file)
+    infos = check_weights(config, file)
+    groups = [NodeGroup(first_node(), (), (0,), 1, GIB, 0) for _ in range(2)]
+    nodes = NumaPlan("shard", tuple(groups), weights=(1, 1))
+    os.truncate(path, max(info.offset for info in infos.values()))
+    for problem in ("ends within the tensor", "No such file"):
+        with pytest.raises(DeviceError, match=rf"model\.gguf: .*{problem}"):
+            node_loading.load_on_nodes(
+                file, infos, config, nodes, everything_on(config, "cpu"), LoadOptions()
+            )
+        path.unlink(missing_ok=True)
 
 
 def test_parts_are_whole() -> None:

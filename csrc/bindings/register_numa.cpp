@@ -48,7 +48,7 @@ void register_node_memory(py::module_& m) {
            "policy: bind (these nodes alone), prefer (while they have room) or interleave. No "
            "nodes: where it is first touched. Raises MemoryLimitError, DeviceError.")
       .def_buffer([](sys::NodeMemory& memory) {
-        static std::byte nothing{};
+        alignas(64) static std::byte nothing{};  // parts without bytes begin like others
         std::byte* data = memory.data() != nullptr ? memory.data() : &nothing;
         return py::buffer_info(data, 1, py::format_descriptor<uint8_t>::format(), 1,
                                {memory.size_bytes()}, {1}, /*readonly=*/false);

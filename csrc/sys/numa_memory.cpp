@@ -64,13 +64,15 @@ Range whole_pages(const void* begin, int64_t n_bytes) {
   return {first / page * page, (last + page - 1) / page * page};
 }
 
-// Asks for the nodes of pages, or (target != nullptr) moves them. status: a node, or a negative
-// error number.
+// Asks for the nodes of pages, or (target != nullptr) moves them, as far as there is room. status:
+// a node, or a negative error number.
 void call_move_pages(std::span<void*> pages, const int* target, int* status) {
   const long result =
       syscall(SYS_move_pages, 0, pages.size(), pages.data(), target, status, kMoveOwnPages);
-  // A positive result counts pages that could not be moved.
-  MLA_CHECK(DeviceError, result >= 0, "NUMA: the system does not ",
+  // A positive result counts pages that could not be moved; a full target is an error, although
+  // pages before that were moved.
+  const bool full = target != nullptr && result < 0 && errno == ENOMEM;
+  MLA_CHECK(DeviceError, result >= 0 || full, "NUMA: the system does not ",
             target != nullptr ? "move pages" : "tell the nodes of pages", ": ", os_error(errno));
 }
 
@@ -172,6 +174,8 @@ int64_t move_strays(const void* begin, int64_t n_bytes, std::span<const int> nod
               if (strays.empty()) return;
               std::vector<int> moved(strays.size(), -1);
               call_move_pages(strays, target.data(), moved.data());
+              // Where moving ended early, it left no word of what it had moved.
+              call_move_pages(strays, nullptr, moved.data());
               for (size_t i = 0; i < moved.size(); ++i) n_moved += moved[i] == target[i];
             });
   return n_moved;

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -208,8 +209,10 @@ def load_weights(
     report("load", 0, file.n_bytes)
     sources: list[_Source] = []
     done = 0
+    bypass = cannot_hold_twice(file.n_bytes)
     for path, n_bytes in zip(file.paths, file.shard_bytes, strict=True):
-        sources.append(_read(path, options.threads, done, file.n_bytes, report))
+        progress = partial(_report_shard, report, done, file.n_bytes)
+        sources.append(_core.LoadedFile(str(path), options.threads, progress, bypass))
         done += n_bytes
     report("load", file.n_bytes, file.n_bytes)
     return Weights.of_sources(file, infos, sources, mapped=False)
@@ -250,8 +253,13 @@ def upload_weights(
     return tuple(uploads)
 
 
-def _read(path: Path, threads: int, before: int, total: int, report: Progress) -> _core.LoadedFile:
-    return _core.LoadedFile(str(path), threads, lambda n, _: report("load", before + n, total))
+def cannot_hold_twice(n_bytes: int) -> bool:
+    """Whether memory has no room for so many bytes and for the page cache's copy of them."""
+    return _core.available_memory_bytes() < 2 * n_bytes
+
+
+def _report_shard(report: Progress, before: int, total: int, done: int, _: int) -> None:
+    report("load", before + done, total)
 
 
 def _ignore(phase: str, done: int, total: int) -> None:

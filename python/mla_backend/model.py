@@ -512,8 +512,9 @@ def _load(plan: LoadPlan, on_progress: Progress | None) -> Weights:
         plan.infos,
         plan.config,
         plan.numa,
-        is_on_host=lambda name: plan.placement.of(name) == CPU,
-        on_progress=on_progress,
+        plan.placement,
+        plan.options,
+        on_progress,
     )
     plan.notes += weights.notes or placement_notes(weights.parts)
     return weights

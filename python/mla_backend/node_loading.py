@@ -7,19 +7,27 @@ of embeddings) is small or looked up by row, and lies on all nodes in turns.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from mla_backend import _core
 from mla_backend.config import ModelConfig
+from mla_backend.errors import DeviceError
 from mla_backend.gguf import GGUFFile, TensorInfo
-from mla_backend.loading import HEAD_ELEMS, Part, PartLoad, Progress, Weights
+from mla_backend.loading import (
+    HEAD_ELEMS,
+    LoadOptions,
+    Part,
+    PartLoad,
+    Progress,
+    Weights,
+    cannot_hold_twice,
+)
 from mla_backend.numa import NodeGroup, NumaPlan
+from mla_backend.placement import CPU, Placement
 from mla_backend.weights import Role, declare
 
 _SPLIT: Final[tuple[Role, ...]] = ("linear", "experts", "router", "k_b", "v_b", "kv_b")
@@ -102,18 +110,21 @@ class _Placer:
         ]
         spare = tuple(node for share in plan.memory for node in share.spare)
         self._common = _Block("weights on all nodes", plan.nodes, spare)
-        self._places: dict[str, tuple[Split | None, list[int]]] = {}
+        #: For what is computed with elsewhere, where it is not mapped.
+        self._elsewhere = _Block("weights for devices", ())
+        self._places: dict[str, tuple[Split | _Block, list[int]]] = {}
         self._infos: dict[str, TensorInfo] = {}
         #: Why memory is not bound, where it is not.
         self.refusals: list[str] = []
 
-    def place(self, name: str, info: TensorInfo, role: Role) -> None:
-        """Decide where a weight will lie."""
+    def place(self, name: str, info: TensorInfo, role: Role, placement: Placement) -> None:
+        """Decide where a weight will lie. Only the CPU reads weights in parts."""
         split = None
-        if self._plan.mode == "shard":
+        if self._plan.mode == "shard" and placement.is_read_on_cpu_alone(name):
             split = split_tensor(role, info.shape, self._plan.weights, self._config)
         if split is None:
-            offsets = [self._common.reserve(info.n_bytes)]
+            block = self._common if placement.of(name) == CPU else self._elsewhere
+            self._places[name] = block, [block.reserve(info.n_bytes)]
         else:
             unit = info.n_bytes // info.shape[split.axis]
             offsets = [
@@ -122,24 +133,25 @@ class _Placer:
                     self._blocks, itertools.pairwise(split.begins), strict=True
                 )
             ]
+            self._places[name] = split, offsets
         self._infos[name] = info
-        self._places[name] = split, offsets
 
     def read(
         self, *, bypass_cache: bool, report: Progress
     ) -> tuple[dict[str, _core.Tensor], list[Part], list[PartLoad]]:
         """All of them at once, every group its own. Returns tensors by name, parts, and rates."""
         memories = [block.allocate() for block in self._blocks]
-        common = self._common.allocate()
+        whole = {block: block.allocate() for block in (self._common, self._elsewhere)}
         readers = [_Reader(group) for group in self._plan.groups]
         turns = itertools.cycle(readers)
         tensors = {}
         for name, (split, offsets) in self._places.items():
             info = self._infos[name]
-            if split is None:
-                next(turns).add(common, offsets[0], info)
+            if isinstance(split, _Block):
+                memory = whole[split]
+                next(turns).add(memory, offsets[0], info)
                 tensors[name] = _core.Tensor(
-                    common, info.format, info.shape, offset_bytes=offsets[0]
+                    memory, info.format, info.shape, offset_bytes=offsets[0]
                 )
                 continue
             places = list(zip(memories, offsets, strict=True))
@@ -156,9 +168,10 @@ class _Placer:
             bypass_cache,
             lambda done: _report_groups(report, readers, done),
         )
-        blocks = [*zip(self._blocks, memories, strict=True), (self._common, common)]
-        parts = [block.part(memory) for block, memory in blocks if memory.n_bytes]
-        self.refusals = [memory.note for _, memory in blocks if memory.n_bytes and memory.note]
+        blocks = [*zip(self._blocks, memories, strict=True), *whole.items()]
+        blocks = [(block, memory) for block, memory in blocks if memory.n_bytes]
+        parts = [block.part(memory) for block, memory in blocks]
+        self.refusals = [memory.note for block, memory in blocks if block.nodes and memory.note]
         loads = [
             PartLoad(reader.label, *result) for reader, result in zip(readers, results, strict=True)
         ]
@@ -207,23 +220,25 @@ def load_on_nodes(
     infos: Mapping[str, TensorInfo],
     config: ModelConfig,
     plan: NumaPlan,
-    *,
-    is_on_host: Callable[[str], bool],
+    placement: Placement,
+    options: LoadOptions,
     on_progress: Progress | None = None,
 ) -> Weights:
-    """Read the weights of ``infos`` that are computed with on the host onto their nodes.
+    """Read the weights of ``infos`` that lie in host memory onto their nodes.
 
-    The others are mapped. The page cache is left alone where memory cannot hold the file twice.
-    Reports ("load node 0", bytes done, bytes in all) for each of several groups, then the same for
-    all as "load". Raises DeviceError, MemoryLimitError.
+    The others are mapped, or read as well where ``options`` has it so. The page cache is left alone
+    where memory cannot hold the file twice. Reports ("load node 0", bytes done, bytes in all) for
+    each of several groups, then the same for all as "load". Raises DeviceError, MemoryLimitError.
     """
     roles = {spec.name: spec.role for spec in declare(config)}
     placer = _Placer(file, plan, config)
-    placed = {name: info for name, info in infos.items() if is_on_host(name)}
+    placed = {
+        name: info for name, info in infos.items() if not options.mmap or placement.of(name) == CPU
+    }
     for name, info in placed.items():
-        placer.place(name, info, roles[name])
-    n_placed = sum(info.n_bytes for info in placed.values())
-    bypass = _free_bytes() < 2 * n_placed
+        placer.place(name, info, roles[name], placement)
+    heads = _read_heads(file, placed.values())
+    bypass = cannot_hold_twice(sum(info.n_bytes for info in placed.values()))
     tensors, parts, loads = placer.read(bypass_cache=bypass, report=on_progress or _ignore)
     # Where the system refuses to bind, the memory says so.
     notes = sorted({f"numa: {note}" for note in placer.refusals})
@@ -242,7 +257,7 @@ def load_on_nodes(
         copied_bytes=sum(part.end - part.begin for part in parts),
         parts=parts,
         loaded=loads,
-        heads=_read_heads(file, placed.values()),
+        heads=heads,
         notes=notes,
     )
 
@@ -256,18 +271,33 @@ def _report_groups(report: Progress, readers: Sequence[_Reader], done: Sequence[
 
 
 def _read_heads(file: GGUFFile, infos: Iterable[TensorInfo]) -> dict[str, bytes]:
-    """The first elements of tensors, as ``Weights.head`` gives them, from the file."""
+    """The first elements of tensors, as ``Weights.head`` gives them, from the file.
+
+    Raises DeviceError.
+    """
     heads = {}
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(path.open("rb", buffering=0)) for path in file.paths]
-        for info in infos:
-            n_bytes = min(info.n_bytes, HEAD_ELEMS * _ELEM_BYTES.get(info.format, 1))
-            heads[info.name] = os.pread(files[info.shard].fileno(), n_bytes, info.offset)
+    for shard, infos_of_shard in _by_shard(infos).items():
+        path = file.paths[shard]
+        try:
+            with path.open("rb") as source:
+                for info in infos_of_shard:
+                    n_bytes = min(info.n_bytes, HEAD_ELEMS * _ELEM_BYTES.get(info.format, 1))
+                    source.seek(info.offset)
+                    heads[info.name] = source.read(n_bytes)
+                    if len(heads[info.name]) < n_bytes:
+                        raise DeviceError(
+                            f"{path}: ends within the tensor {info.name}, at byte {info.offset}"
+                        )
+        except OSError as error:
+            raise DeviceError(f"{path}: reading failed: {error.strerror}") from error
     return heads
 
 
-def _free_bytes() -> int:
-    return _core.available_memory_bytes()
+def _by_shard(infos: Iterable[TensorInfo]) -> dict[int, list[TensorInfo]]:
+    shards: dict[int, list[TensorInfo]] = {}
+    for info in infos:
+        shards.setdefault(info.shard, []).append(info)
+    return shards
 
 
 def _ignore(phase: str, done: int, total: int) -> None:

@@ -17,6 +17,8 @@ from mla_backend.errors import UsageError
 CPU: Final = "cpu"
 _LAYER = re.compile(r"blk\.(\d+)\.")
 _EXPERTS = "_exps."
+#: Read by steps that run with their layer (``LayerContext``), wherever the weights lie.
+_READ_BY_LAYER = re.compile(r"\.(attn_[kv]_b|attn_kv_b|ffn_gate_inp)\.")
 _GIB: Final = 1 << 30
 #: Kept free on each device: scratch of dequantized weights (at most 2 x 256 MiB), kernels, recorded
 #: graphs.
@@ -79,6 +81,20 @@ class Placement:
             return self.layers[0] if name.startswith("token_embd.") else self.output
         layer = int(found[1])
         return self.experts[layer] if _EXPERTS in name else self.layers[layer]
+
+    def is_read_on_cpu_alone(self, name: str) -> bool:
+        """Whether the weight lies in host memory, and all that reads it runs on the CPU.
+
+        As the graphs place their steps: a gate and what goes up are one product, run where the gate
+        lies; the embedding may be the output's matrix as well.
+        """
+        readers = {self.of(name), self.of(name.replace(".ffn_up", ".ffn_gate"))}
+        found = _LAYER.match(name)
+        if found is not None and _READ_BY_LAYER.search(name):
+            readers.add(self.of(found[0]))
+        if name.startswith("token_embd."):
+            readers.add(self.of("output.weight"))
+        return readers == {CPU}
 
     @property
     def uses_devices(self) -> bool:

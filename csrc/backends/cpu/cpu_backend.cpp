@@ -88,7 +88,8 @@ bool reaches_operands(const Node& node) {
 }
 
 // What all nodes read and write: values, scratch. Page by page in turns, so that no node's memory
-// has to serve them all.
+// has to serve them all. A system that refuses this refuses it for weights and cache as well, whose
+// owners say so.
 Buffer alloc_on_all_nodes(size_t bytes, const std::vector<sys::NodeShare>& shares) {
   std::vector<int> nodes;
   for (const sys::NodeShare& share : shares) {
