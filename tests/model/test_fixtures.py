@@ -23,6 +23,14 @@ from model.reference_files import (
     tolerances,
 )
 
+# Known to miss the limit of the last position, with avx2 and AVX-512 alike: one scale to 32
+# activations, and a near tie sends that token to other experts.
+LAST_ROUTED_APART = {
+    ("tiny-v2", "IQ4_XS", "fast", "expanded", "long", "cpu"),
+    ("tiny-v3", "Q4_K_M", "fast", "absorbed", "short", "cpu"),
+    ("tiny-v3", "Q3_K_M", "fast", "expanded", "short", "cpu"),
+}
+
 
 @pytest.fixture(params=FILES, ids=lambda file: "-".join(file))
 def file(request: pytest.FixtureRequest) -> tuple[str, str]:
@@ -56,10 +64,10 @@ def test_logits(
     d = np.abs(ours - want[f"{prompt}_top_logprobs"]).max(axis=1)
     assert np.median(d) <= limit.d_median
     assert np.quantile(d, 0.9) <= limit.d_p90
-    # Activations as bytes send a token in ten or so to other experts after a near tie, which moves
-    # its logits by 1 to 6: a single position then says nothing.
-    if precision == "exact" or file[1] == "BF16":
-        assert np.abs(got[-1] - want[f"{prompt}_last_logits"]).max() <= limit.last
+    last = np.abs(got[-1] - want[f"{prompt}_last_logits"]).max()
+    if last > limit.last and (*file, precision, attention, prompt, device) in LAST_ROUTED_APART:
+        pytest.xfail(f"last logits differ by {last:.2f}, the limit is {limit.last}")
+    assert last <= limit.last
     assert (got.argmax(axis=1) == want[f"{prompt}_top_ids"][:, 0]).mean() >= limit.top1
 
 
